@@ -1,0 +1,1 @@
+"""A KV-cache layer for LLM serving: exact prefix reuse and CacheBlend."""
