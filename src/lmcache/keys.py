@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeAlias, TypeVar
 
 import msgspec
@@ -30,7 +30,6 @@ DIGEST_BYTES = 32
 KEY_BYTES = NAMESPACE_BYTES + DIGEST_BYTES
 
 Tokens: TypeAlias = "Sequence[int] | torch.Tensor | npt.NDArray[np.integer]"
-TokenArray: TypeAlias = "npt.NDArray[np.int32]"
 
 _KeyT = TypeVar("_KeyT", bound="_Key")
 
@@ -96,8 +95,10 @@ class Namespace:
 
     @cached_property
     def _root(self) -> bytes:
-        # Sorted JSON of named fields: unambiguous (no two field splits read alike) and stable.
-        return blake3(msgspec.json.encode(asdict(self), order="sorted")).digest()
+        # A msgpack map of named, length-prefixed fields: no two namespaces read alike. "surrogatepass" because a salt
+        # comes from a client, whose JSON may hold half a surrogate pair.
+        fields = {name: str(value).encode("utf-8", "surrogatepass") for name, value in asdict(self).items()}
+        return blake3(msgspec.msgpack.encode(fields, order="sorted")).digest()
 
     @cached_property
     def id(self) -> bytes:
@@ -113,34 +114,38 @@ class Namespace:
         return blake3(b"segment", key=self._root).digest()
 
 
-def token_array(tokens: Tokens) -> TokenArray:
-    """Token ids as a contiguous int32 array, the bytes that are hashed.
+def token_bytes(tokens: Tokens) -> bytes:
+    """Token ids as little-endian uint32, one after the other: the bytes that are hashed.
 
     Raises:
-        ValueError: a token is negative or does not fit 31 bits, or ``tokens`` is not one-dimensional.
+        ValueError: a token is negative or does not fit 32 bits, or ``tokens`` is not a row of integers.
     """
     if isinstance(tokens, torch.Tensor):
+        if tokens.dtype.is_floating_point or tokens.dtype.is_complex:
+            raise ValueError(f"tokens must be a 1-D array of integers, got {tokens.dtype}")
         tokens = tokens.detach().cpu().numpy()
     if isinstance(tokens, np.ndarray):
-        return _checked_int32(tokens)
-    # `struct` packs a list of ints about three times as fast as numpy reads it.
-    count = len(tokens)
+        return _checked_uint32(tokens).tobytes()
     try:
-        packed = struct.pack(f"<{count}i", *tokens)
+        # Eight times as fast as numpy reads a list; a list alone as `*args` is unpacked without a copy in between,
+        # which `struct.pack(format, *tokens)` would make.
+        return struct.Struct(f"<{len(tokens)}I").pack(*tokens)
     except struct.error as error:
-        raise ValueError(f"token ids must be integers in 0 … 2³¹−1: {error}") from None
-    array = np.frombuffer(packed, dtype=np.int32)
-    if count and array.min() < 0:
-        raise ValueError(f"token ids must be integers in 0 … 2³¹−1, got {array.min()}")
-    return array
+        raise ValueError(f"token ids must be integers in 0 … 2³²−1: {error}") from None
 
 
-def _checked_int32(array: npt.NDArray[np.integer]) -> TokenArray:
+def token_array(tokens: Tokens) -> npt.NDArray[np.uint32]:
+    """Token ids as an array; errors as in :func:`token_bytes`."""
+    return np.frombuffer(token_bytes(tokens), dtype="<u4")
+
+
+def _checked_uint32(array: npt.NDArray[np.integer]) -> npt.NDArray[np.uint32]:
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"tokens must be a 1-D array of integers, got {array.dtype} of shape {array.shape}")
-    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
-        raise ValueError(f"token ids must be integers in 0 … 2³¹−1, got {array.min()} … {array.max()}")
-    return np.ascontiguousarray(array, dtype=np.int32)
+    narrow = array.astype("<u4")
+    if not np.array_equal(narrow, array):
+        raise ValueError(f"token ids must be integers in 0 … 2³²−1, got {array.min()} … {array.max()}")
+    return narrow
 
 
 def prefix_keys(
@@ -157,20 +162,27 @@ def prefix_keys(
         parent: key of the chunk that stands before ``tokens``; None at the start of a prompt. Passing it lets a
             caller go on where it stopped instead of hashing a growing prompt again.
         include_partial: also give a key for a last chunk of fewer than ``chunk_size`` tokens.
+
+    Raises:
+        ValueError: a token is not an integer in 0 … 2³²−1, or ``parent`` belongs to another namespace.
     """
-    data = memoryview(token_array(tokens)).cast("B")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
+    if parent is not None and parent.namespace_id != namespace.id:
+        raise ValueError(f"{parent!r} is not of the namespace {namespace.id.hex()[:8]}… of these tokens")
+    data = token_bytes(tokens)
     step = chunk_size * 4
     end = len(data) if include_partial else len(data) - len(data) % step
     digest = namespace.prefix_root if parent is None else parent.digest
     space = namespace.id
+    new_key = partial(bytes.__new__, PrefixKey)  # the length is right, so skip the check: this loop is the hot one
     keys = []
     for start in range(0, end, step):
-        digest = blake3(data[start : min(start + step, end)], key=digest).digest()
-        keys.append(PrefixKey(space + digest))
+        digest = blake3(data[start : start + step], key=digest).digest()
+        keys.append(new_key(space + digest))
     return keys
 
 
 def segment_key(namespace: Namespace, tokens: Tokens) -> SegmentKey:
     """Key of ``tokens`` as a passage of its own."""
-    data = memoryview(token_array(tokens)).cast("B")
-    return SegmentKey(namespace.id + blake3(data, key=namespace.segment_root).digest())
+    return SegmentKey(namespace.id + blake3(token_bytes(tokens), key=namespace.segment_root).digest())

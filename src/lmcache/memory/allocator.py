@@ -1,0 +1,239 @@
+"""The pool that chunks of KV live in: slabs of host memory, cut into pieces of whole pages."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import threading
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lmcache.memory.free_space import FreeSpace
+from lmcache.memory.memory_obj import KVSpec, MemoryObj
+from lmcache.memory.slab import Slab
+from lmcache.memory.window import cheapest_window
+
+logger = logging.getLogger(__name__)
+
+GRANULE = 4096
+"""Alignment and unit of size of every object: a page, and what O_DIRECT asks for."""
+
+DEFAULT_SLAB_BYTES = 512 << 20
+"""Pinning runs at about 2 GB/s, so a slab costs a quarter of a second once; smaller ones cut more objects off."""
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """``used_bytes`` counts live objects with their padding; ``reserved_bytes`` counts slabs; ``largest_free_bytes`` is
+    the largest object that fits without eviction into what is reserved."""
+
+    capacity_bytes: int
+    reserved_bytes: int
+    used_bytes: int
+    largest_free_bytes: int
+    objects: int
+
+
+class SlabAllocator:
+    """Hands out :class:`MemoryObj` from at most ``capacity_bytes`` of host memory.
+
+    Memory is reserved a slab at a time when the slabs so far have no hole that is large enough, and becomes resident
+    as it is written. An object lies inside one slab, is 4096-byte aligned, and padded to a multiple of 4096 bytes.
+    Thread-safe.
+    """
+
+    def __init__(
+        self, capacity_bytes: int, *, slab_bytes: int = DEFAULT_SLAB_BYTES, pin_memory: bool | None = None
+    ) -> None:
+        """Args:
+        capacity_bytes: never exceeded; rounded down to whole pages.
+        slab_bytes: unit of growth; an object that is larger gets a slab of its own size.
+        pin_memory: page-lock each slab with CUDA; None pins when CUDA is there.
+
+        Raises:
+            ValueError: a size is smaller than a page.
+        """
+        if capacity_bytes < GRANULE or slab_bytes < GRANULE:
+            raise ValueError(
+                f"capacity_bytes={capacity_bytes} and slab_bytes={slab_bytes} must each be at least {GRANULE}"
+            )
+        self._capacity = capacity_bytes // GRANULE
+        self._slab_size = slab_bytes // GRANULE
+        self._pin = pin_memory
+        self._lock = threading.Lock()
+        self._count_lock = threading.Lock()
+        self._space = FreeSpace()
+        self._slabs: list[Slab] = []
+        self._reserved = 0
+        self._used = 0
+        self._live: dict[int, MemoryObj] = {}
+        self._closed = False
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._capacity * GRANULE
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of live objects, padding included."""
+        return self._used * GRANULE
+
+    def allocate(self, spec: KVSpec) -> MemoryObj | None:
+        """A fresh object with one reference, its bytes undefined; None when no hole is large enough (or after
+        :meth:`close`)."""
+        size = _granules(spec.nbytes)
+        with self._lock:
+            if size > self._capacity or self._closed:
+                return None
+            start = self._space.take(size)
+            if start is None:
+                if not self._grow(size):
+                    return None
+                start = self._space.take(size)
+                assert start is not None
+            slab = self._slab_of(start)
+            begin = (start - slab.base) * GRANULE
+            obj = MemoryObj(spec, slab.buffer[begin : begin + size * GRANULE], start, self._free, self._count_lock)
+            self._live[start] = obj
+            self._used += size
+            return obj
+
+    def owns(self, obj: MemoryObj) -> bool:
+        """Whether ``obj`` is a live object of this pool."""
+        return self._live.get(obj.offset) is obj
+
+    def live_objects(self) -> list[MemoryObj]:
+        """Every object that was not given back yet, in address order."""
+        with self._lock:
+            return [obj for _, obj in sorted(self._live.items())]
+
+    def make_way(self, nbytes: int, removable: Container[int]) -> list[int] | None:
+        """Which objects have to be given back so that :meth:`allocate` has room for ``nbytes``.
+
+        Args:
+            removable: offsets of the objects that may go.
+
+        Returns:
+            Offsets of the neighbours that hold the fewest bytes; empty when there is room already; None when no
+            choice of removable objects makes room. O(live objects).
+        """
+        size = _granules(nbytes)
+        with self._lock:
+            pieces = [(start, _granules(obj.spec.nbytes)) for start, obj in sorted(self._live.items())]
+            if all(slab.nbytes // GRANULE < size for slab in self._slabs):
+                return self._empty_slabs(size, pieces, removable)
+            windows = [
+                window
+                for slab in self._slabs
+                if (window := cheapest_window(_inside(slab, pieces), slab.base, _end(slab), size, removable))
+            ]
+        return min(windows, key=lambda window: window.cost).starts if windows else None
+
+    def stats(self) -> PoolStats:
+        with self._lock:
+            return PoolStats(
+                capacity_bytes=self.capacity_bytes,
+                reserved_bytes=self._reserved * GRANULE,
+                used_bytes=self.used_bytes,
+                largest_free_bytes=self._space.largest * GRANULE,
+                objects=len(self._live),
+            )
+
+    def close(self) -> None:
+        """Allocate no more; unpin and unmap as soon as nothing refers to the memory. Idempotent.
+
+        Objects that are still referenced are named in the log and stay valid: the last one to go unmaps.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._live:
+                first = ", ".join(map(repr, list(self._live.values())[:4]))
+                logger.warning("pool closed with %d objects still referenced, among them %s", len(self._live), first)
+            else:
+                self._unmap()
+
+    def _free(self, obj: MemoryObj) -> None:
+        with self._lock:
+            size = _granules(obj.spec.nbytes)
+            del self._live[obj.offset]
+            self._used -= size
+            self._space.give(obj.offset, size)
+            if self._closed and not self._live:
+                self._unmap()
+
+    def _slab_of(self, start: int) -> Slab:
+        if len(self._slabs) == 1:
+            return self._slabs[0]
+        return self._slabs[bisect.bisect_right(self._slabs, start, key=lambda slab: slab.base) - 1]
+
+    def _grow(self, size: int) -> bool:
+        """Reserve a slab that holds ``size`` granules; False when the capacity does not allow it."""
+        if self._capacity - self._reserved < size:
+            self._drop_empty_slabs(size)
+        room = self._capacity - self._reserved
+        if room < size:
+            return False
+        # A rest smaller than a slab joins the last slab, so that no stub too small for an object is left over.
+        slab_size = self._slab_size if room >= 2 * self._slab_size else room
+        slab_size = max(slab_size, size)
+        # One granule of the address space stays unused between slabs: their free ranges must not merge.
+        last = self._slabs[-1] if self._slabs else None
+        base = _end(last) + 1 if last else 0
+        pin = torch.cuda.is_available() if self._pin is None else self._pin
+        self._slabs.append(Slab(base, slab_size * GRANULE, pin=pin))
+        self._reserved += slab_size
+        self._space.give(base, slab_size)
+        return True
+
+    def _empty_slabs(self, size: int, pieces: Sequence[tuple[int, int]], removable: Container[int]) -> list[int] | None:
+        """Objects whose going empties enough slabs to be replaced by one of ``size`` granules; None if none do."""
+        room = self._capacity - self._reserved
+        contents = [(slab, _inside(slab, pieces)) for slab in self._slabs]
+        starts: list[int] = []
+        for slab, inside in sorted(contents, key=lambda content: sum(length for _, length in content[1])):
+            if room >= size:
+                break
+            if all(start in removable for start, _ in inside):
+                starts += [start for start, _ in inside]
+                room += slab.nbytes // GRANULE
+        return starts if room >= size else None
+
+    def _drop_empty_slabs(self, size: int) -> None:
+        """Give up empty slabs, the youngest first, if that makes room for one that holds ``size`` granules.
+
+        Needed only when an object is larger than the slabs that the capacity was spent on.
+        """
+        empty = [slab for slab in reversed(self._slabs) if self._space.is_free(slab.base, slab.nbytes // GRANULE)]
+        room = self._capacity - self._reserved
+        if room + sum(slab.nbytes // GRANULE for slab in empty) < size:
+            return
+        for slab in empty:
+            if self._capacity - self._reserved >= size:
+                return
+            self._space.withdraw(slab.base)
+            self._reserved -= slab.nbytes // GRANULE
+            self._slabs.remove(slab)
+            slab.close()
+
+    def _unmap(self) -> None:
+        for slab in self._slabs:
+            slab.close()
+        self._slabs.clear()
+        self._space = FreeSpace()
+        self._reserved = 0
+
+
+def _end(slab: Slab) -> int:
+    return slab.base + slab.nbytes // GRANULE
+
+
+def _inside(slab: Slab, pieces: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    return pieces[bisect.bisect_left(pieces, (slab.base, 0)) : bisect.bisect_left(pieces, (_end(slab), 0))]
+
+
+def _granules(nbytes: int) -> int:
+    return max(1, -(-nbytes // GRANULE))
