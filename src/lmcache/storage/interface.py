@@ -42,8 +42,8 @@ class StorageTier(ABC):
     def submit_put(self, key: CacheKey, obj: MemoryObj) -> bool:
         """Keep ``obj`` under ``key``. Takes its own reference; never blocks on the medium.
 
-        False when the tier will not keep it (full of pinned entries, write queue full, broken): the caller loses nothing.
-        A key that is already there is kept as it is and counts as True.
+        False when the tier will not keep it (full of pinned entries, write queue full, broken): the caller loses
+        nothing. A key that is already there is kept as it is and counts as True.
         """
 
     @abstractmethod
