@@ -1,0 +1,113 @@
+"""What every connector does alike: check its arguments, then move one chunk after the other."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+
+from lmcache.memory.memory_obj import MemoryObj
+from lmcache.paging.interface import GPUConnectorInterface
+from lmcache.paging.layout import KVLayout
+
+Move: TypeAlias = Callable[[MemoryObj, torch.Tensor, range], None]
+
+
+class PagedConnector(GPUConnectorInterface):
+    """Moves KV between ``tensors``, which lie as ``kv_layout`` says, and chunks.
+
+    Every method raises ValueError, before a byte is moved, for a chunk that is not of the range's spec, a range
+    outside of the slot mapping, or a slot outside of the pages. A ``slot_mapping`` on another device than the CPU is
+    copied there first, which waits for that device.
+    """
+
+    def __init__(self, kv_layout: KVLayout, tensors: Sequence[torch.Tensor]) -> None:
+        self.kv_layout = kv_layout
+        self.tensors = list(tensors)
+        self._all_layers = range(kv_layout.num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        return self.kv_layout.num_layers
+
+    @abstractmethod
+    def chunk_views(self, obj: MemoryObj) -> tuple[torch.Tensor, ...]:
+        """K and V (only the latent for MLA) of a chunk, each a view ``[layers, blocks, tokens per block, heads, dim]``.
+
+        Token ``t`` of the chunk is at ``[:, t // n, t % n]`` for ``n`` tokens per block; what follows the chunk's last
+        token is undefined.
+
+        Raises:
+            ValueError: the pages are packed.
+        """
+
+    @abstractmethod
+    def _gather(self, obj: MemoryObj, slots: torch.Tensor, layers: range) -> None:
+        """Pages → ``obj``; ``slots`` int64 on the CPU, one a token of the chunk."""
+
+    @abstractmethod
+    def _scatter(self, obj: MemoryObj, slots: torch.Tensor, layers: range) -> None:
+        """``obj`` → pages."""
+
+    def _check_slots(self, slots: torch.Tensor) -> None:
+        """Raise ValueError for slots that this connector cannot serve."""
+        low, high = (int(slot) for slot in torch.aminmax(slots))
+        if low < -1 or high >= self.kv_layout.num_slots:
+            raise ValueError(f"slots must be −1 or in 0 … {self.kv_layout.num_slots - 1}, got {low} … {high}")
+
+    def batched_from_gpu(
+        self, objs: Sequence[MemoryObj], ranges: Sequence[tuple[int, int]], slot_mapping: torch.Tensor
+    ) -> None:
+        self._move(self._gather, self._all_layers, objs, ranges, slot_mapping)
+
+    def batched_to_gpu(
+        self, objs: Sequence[MemoryObj], ranges: Sequence[tuple[int, int]], slot_mapping: torch.Tensor
+    ) -> None:
+        self._move(self._scatter, self._all_layers, objs, ranges, slot_mapping)
+
+    def layer_from_gpu(
+        self,
+        layer: int,
+        objs: Sequence[MemoryObj],
+        ranges: Sequence[tuple[int, int]],
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        self._move(self._gather, self._one_layer(layer), objs, ranges, slot_mapping)
+
+    def layer_to_gpu(
+        self,
+        layer: int,
+        objs: Sequence[MemoryObj],
+        ranges: Sequence[tuple[int, int]],
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        self._move(self._scatter, self._one_layer(layer), objs, ranges, slot_mapping)
+
+    def _one_layer(self, layer: int) -> range:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer {layer} of {self.num_layers}")
+        return range(layer, layer + 1)
+
+    def _move(
+        self,
+        move: Move,
+        layers: range,
+        objs: Sequence[MemoryObj],
+        ranges: Sequence[tuple[int, int]],
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        if len(objs) != len(ranges):
+            raise ValueError(f"{len(objs)} chunks for {len(ranges)} ranges")
+        mapping = slot_mapping.to(device="cpu", dtype=torch.int64)
+        for obj, (start, end) in zip(objs, ranges, strict=True):
+            if not 0 <= start < end <= len(mapping):
+                raise ValueError(f"range [{start}, {end}) does not lie in a slot mapping of {len(mapping)} tokens")
+            if obj.spec != self.spec(end - start):
+                raise ValueError(
+                    f"chunk of {obj.spec} for tokens [{start}, {end}), which need {self.spec(end - start)}"
+                )
+            self._check_slots(mapping[start:end])
+        for obj, (start, end) in zip(objs, ranges, strict=True):
+            move(obj, mapping[start:end], layers)
