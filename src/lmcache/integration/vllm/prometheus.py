@@ -1,0 +1,71 @@
+"""Our counters in vLLM's own ``/metrics`` and log lines (the dynamic connector)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import PromMetric, PromMetricT
+
+    from lmcache.observability.metrics import Metrics
+
+
+class LMCacheStats(KVConnectorStats):
+    """What our counters grew by since the last step: ``data[sample name] = increase``."""
+
+    @classmethod
+    def since(cls, before: dict[str, float], metrics: Metrics) -> tuple[LMCacheStats, dict[str, float]]:
+        """The growth since the snapshot ``before``, and the snapshot to pass next time."""
+        now = {name: value for name, value in metrics.snapshot().items() if "_total" in name}
+        grown = {name: value - before.get(name, 0.0) for name, value in now.items()}
+        return cls(data={name: growth for name, growth in grown.items() if growth}), now
+
+    def reset(self) -> None:
+        self.data.clear()
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for name, growth in other.data.items():
+            self.data[name] = self.data.get(name, 0.0) + growth
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        return {name.removeprefix("lmcache_"): growth for name, growth in sorted(self.data.items())}
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class LMCachePromMetrics(KVConnectorPromMetrics):
+    """One vLLM counter for each of ours, labelled with vLLM's engine and model, made when it first moves."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters: dict[str, Any] = {}
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for sample, growth in transfer_stats_data.items():
+            name, labels = _split(sample)
+            family = self._counters.get(name)
+            if family is None:
+                family = self._counters[name] = self._counter_cls(
+                    name=f"lmcache:{name.removeprefix('lmcache_').removesuffix('_total')}",
+                    documentation=f"LMCache: {name.removeprefix('lmcache_').removesuffix('_total').replace('_', ' ')}.",
+                    labelnames=[*self._labelnames, *labels],
+                )
+            family.labels(*self.per_engine_labelvalues[engine_idx], *labels.values()).inc(growth)
+
+
+def _split(sample: str) -> tuple[str, dict[str, str]]:
+    """``name{label="value",…}`` in its parts; our label values hold neither commas nor quotes."""
+    name, _, rest = sample.partition("{")
+    pairs = (pair.split("=", 1) for pair in rest.removesuffix("}").split(",") if pair)
+    return name, {label: value.strip('"') for label, value in pairs}

@@ -1,0 +1,79 @@
+"""What the scheduler role remembers of a request from its first look-up to its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lmcache.integration.vllm.model_identity import lora_identity, tenant_salt
+from lmcache.keys import PrefixKey
+from lmcache.lease import PrefixLease
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+@dataclass
+class RequestTracker:
+    """``keys`` are those of the leading chunks hashed so far; ``saved_chunks`` of them were given to a save.
+
+    ``local_tokens`` lie in vLLM's own prefix cache, ``external_tokens`` behind them come from ours. ``leased_for`` is
+    the token count that ``lease`` was taken for: after a preemption the request has more, and is looked up again.
+    """
+
+    request: Request
+    lora: str
+    cache_salt: str
+    skip_load: bool
+    skip_save: bool
+    keys: list[PrefixKey] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    lease: PrefixLease | None = None
+    leased_for: int = 0
+    wait_until: float | None = None
+    local_tokens: int = 0
+    external_tokens: int = 0
+    saved_chunks: int = 0
+    tail_saved: bool = False
+    preemptions: int = 0
+    reused_tokens: int = 0
+    tiers: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, request: Request) -> RequestTracker:
+        params: dict[str, Any] = request.kv_transfer_params or {}
+        # Prompts given as embeddings have placeholder token ids: nothing to tell two of them apart by.
+        opaque = getattr(request, "prompt_embeds", None) is not None
+        return cls(
+            request=request,
+            lora=lora_identity(request.lora_request),
+            cache_salt=tenant_salt(request),
+            skip_load=opaque or bool(params.get("lmcache.skip_load", False)),
+            skip_save=opaque or bool(params.get("lmcache.skip_save", False)),
+            preemptions=request.num_preemptions,
+        )
+
+    def take_lease(self) -> PrefixLease | None:
+        lease, self.lease, self.wait_until = self.lease, None, None
+        return lease
+
+    def drop_lease(self) -> None:
+        if (lease := self.take_lease()) is not None:
+            lease.release()
+
+    def was_preempted(self) -> bool:
+        """Whether vLLM took the request's blocks away since the last call."""
+        before, self.preemptions = self.preemptions, self.request.num_preemptions
+        return self.preemptions != before
+
+    def summary(self) -> dict[str, Any]:
+        """What the client is told in ``kv_transfer_params`` of the response."""
+        tiers = [name for name, tokens in self.tiers.items() if tokens]
+        return {
+            "lmcache": {
+                "prompt_tokens": self.request.num_prompt_tokens,
+                "reused_tokens": self.reused_tokens,
+                "tier": "+".join(tiers) or None,
+                "tokens_by_tier": {name: self.tiers[name] for name in tiers},
+            }
+        }

@@ -1,0 +1,139 @@
+"""What vLLM's built-in ``LMCacheConnectorV1`` looks for: one class for both roles."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from lmcache.integration.vllm.connector_metadata import LMCacheConnectorMetadata
+from lmcache.integration.vllm.scheduler_side import SchedulerSide
+from lmcache.integration.vllm.shared_engine import SharedEngine, UnsupportedSetupError
+from lmcache.integration.vllm.worker_side import WorkerSide
+from lmcache.observability.events import CacheStoreEvent
+from lmcache.observability.logging import init_logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = init_logger(__name__)
+
+
+class LMCacheConnectorV1Impl:
+    """Exact prefix reuse for vLLM. No method raises into vLLM; without a usable set-up every call is a miss.
+
+    The constructor does raise on a configuration that is wrong: that is the moment to say so.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, parent: KVConnectorBase_V1) -> None:
+        """Args:
+        vllm_config: vLLM's whole configuration; ``kv_connector_extra_config["lmcache.<key>"]`` overrides ours.
+        role: SCHEDULER or WORKER; the methods of the other role must not be called.
+        parent: the connector that delegates to this object; holds each step's metadata.
+        """
+        self._parent = weakref.proxy(parent)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._shared: SharedEngine | None = None
+        # A load that fails must be computed, not answered with an error (vLLM's default).
+        vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+        try:
+            name, shared = SharedEngine.acquire(vllm_config, parent._kv_cache_config)
+        except UnsupportedSetupError as reason:
+            logger.error("The KV cache stays off: %s", reason)
+            return
+        # The built-in wrapper passes no shutdown on: whoever drops the connector drops its engine.
+        self._release = weakref.finalize(self, SharedEngine.release, name)
+        self._shared = shared
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(shared)
+        else:
+            self._worker = WorkerSide(shared, vllm_config)
+
+    # Worker role, in the order of a step
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._worker is not None:
+            self._worker.register_kv_caches(kv_caches)
+
+    def handle_preemptions(self, meta: KVConnectorMetadata) -> None:
+        """Nothing left to do: a step's preempted requests are waited for when its metadata is bound."""
+
+    def bind_connector_metadata(self, meta: KVConnectorMetadata) -> None:
+        if self._worker is not None and isinstance(meta, LMCacheConnectorMetadata):
+            self._worker.bind_connector_metadata(meta)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        if self._worker is None:
+            return
+        meta = self._parent._get_connector_metadata()
+        if isinstance(meta, LMCacheConnectorMetadata):
+            self._worker.start_load_kv(meta)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        if self._worker is not None:
+            self._worker.wait_for_layer_load(layer_name)
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Saves wait for the whole forward: per-layer hooks do not replay inside CUDA graphs."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.wait_for_save()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return self._worker.get_finished() if self._worker is not None else (None, None)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.get_block_ids_with_load_errors() if self._worker is not None else set()
+
+    def get_kv_events(self) -> Iterable[CacheStoreEvent]:
+        return self._worker.get_kv_events() if self._worker is not None else []
+
+    # Scheduler role
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
+        if self._scheduler is None:
+            return 0
+        return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, num_external_tokens: int, block_ids: list[int] | None = None
+    ) -> None:
+        """``block_ids`` are given only when the load was announced as asynchronous."""
+        if self._scheduler is not None:
+            self._scheduler.update_state_after_alloc(request, num_external_tokens, block_ids)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        if self._scheduler is None:
+            return LMCacheConnectorMetadata()
+        return self._scheduler.build_connector_meta(scheduler_output)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler.request_finished(request, block_ids) if self._scheduler is not None else (False, None)
+
+    # Only the dynamic connector passes these on
+
+    def reset_cache(self) -> bool:
+        return self._scheduler.reset_cache() if self._scheduler is not None else True
+
+    def stats_since_last(self) -> KVConnectorStats | None:
+        """Growth of our counters; the worker role tells it, so that it is told once."""
+        return self._worker.stats_since_last() if self._worker is not None else None
+
+    def shutdown(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.close()
+        if self._shared is not None:
+            self._release()

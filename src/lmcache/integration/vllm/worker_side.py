@@ -1,0 +1,199 @@
+"""The worker role: moves KV between vLLM's pages and the cache, around each forward."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import vllm
+
+from lmcache.integration.vllm.attention_writer import AttentionWriter
+from lmcache.integration.vllm.connector_metadata import LMCacheConnectorMetadata, LoadOp, SaveOp
+from lmcache.integration.vllm.guard import never_raise, report_failure
+from lmcache.integration.vllm.layerwise import LayerwiseLoads
+from lmcache.integration.vllm.prometheus import LMCacheStats
+from lmcache.integration.vllm.shared_engine import SharedEngine
+from lmcache.observability.events import CacheStoreEvent
+from lmcache.observability.logging import init_logger
+from lmcache.observability.metrics import Metrics
+from lmcache.paging.detect import PageHints, UnknownLayoutError, detect_layout
+from lmcache.paging.interface import GPUConnectorInterface
+from lmcache.paging.make_connector import make_connector
+from lmcache.paging.verify import verify_layout
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+
+class WorkerSide:
+    """Runs one step's :class:`LMCacheConnectorMetadata`: loads before the forward, saves after it."""
+
+    def __init__(self, shared: SharedEngine, vllm_config: VllmConfig) -> None:
+        self._shared = shared
+        self._engine = shared.engine
+        self._vllm_config = vllm_config
+        self._block_size: int = vllm_config.cache_config.block_size
+        self._device = torch.device("cpu")
+        self._meta: LMCacheConnectorMetadata | None = None
+        self._layerwise = LayerwiseLoads(self._load_failed)
+        self._lock = threading.Lock()
+        self._failed_blocks: set[int] = set()
+        self._counted: dict[str, float] = {}
+
+    @property
+    def metrics(self) -> Metrics:
+        return self._shared.metrics
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Learn vLLM's page tensors, and prove on them that their layout is read right.
+
+        A layout that is not known, or not what it looks like, leaves the cache off, in words.
+        """
+        try:
+            self._engine.set_gpu_connector(self._connect(kv_caches))
+        except UnknownLayoutError as error:
+            self.metrics.failure("unknown_layout")
+            logger.error("The KV cache stays off: %s", error)
+        except Exception as error:
+            report_failure(self.metrics, "register_kv_caches", error)
+
+    def _connect(self, kv_caches: dict[str, torch.Tensor]) -> GPUConnectorInterface:
+        names, tensors = list(kv_caches), list(kv_caches.values())
+        self._layerwise.set_layers(names)
+        self._device = tensors[0].device
+        writer = AttentionWriter(self._vllm_config, names)
+        _, _, _, heads, dim = self._engine.metadata.kv_shape
+        layout = detect_layout(
+            kv_caches,
+            PageHints(
+                block_size=self._block_size,
+                num_kv_heads=heads,
+                head_dim=dim,
+                backend=writer.backend,
+                engine=f"vLLM {vllm.__version__}",
+            ),
+        )
+        if writer.available:
+            layout = verify_layout(layout, tensors, writer, dtype=self._vllm_config.model_config.dtype)
+        else:
+            logger.warning("The layout %s of backend %s could not be checked by writing", layout.name, writer.backend)
+        connector = make_connector(layout, tensors, self._shared.config.chunk_size)
+        logger.info("KV pages: %s, %d layers, moved by %s", layout.name, len(names), type(connector).__name__)
+        return connector
+
+    @never_raise(lambda: None)
+    def bind_connector_metadata(self, meta: LMCacheConnectorMetadata) -> None:
+        """Start a step. Before vLLM 0.32 the first call of a step is :meth:`start_load_kv`, which comes here."""
+        self._meta = meta
+        if meta.preempted:
+            # Their blocks may belong to someone else in this very step.
+            self._shared.saves.wait(meta.preempted)
+
+    @never_raise(lambda: None)
+    def start_load_kv(self, meta: LMCacheConnectorMetadata) -> None:
+        if meta is not self._meta:
+            self.bind_connector_metadata(meta)
+        for load in meta.asynchronous_loads:
+            self._shared.loads.submit(load.req_id, partial(self._load, load))
+        for load in meta.loads:
+            self._load(load, layerwise=self._shared.config.use_layerwise)
+
+    @never_raise(lambda: None)
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        self._layerwise.advance_to(layer_name)
+
+    @never_raise(lambda: None)
+    def wait_for_save(self) -> None:
+        """Queue this step's saves. They read the pages while the next step runs."""
+        self._layerwise.finish()
+        meta, self._meta = self._meta, None
+        if meta is None or not meta.saves:
+            return
+        written = self._queued_work()
+        for save in meta.saves:
+            self._shared.saves.submit(save.req_id, save.keys, partial(self._save, save, written))
+
+    def get_finished(self) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose blocks may be freed now, and those whose asynchronous load has ended."""
+        return self._shared.saves.take_freed() or None, self._shared.loads.take_finished() or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that were promised and could not be filled: vLLM computes them."""
+        with self._lock:
+            failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    @never_raise(list)
+    def get_kv_events(self) -> Iterable[CacheStoreEvent]:
+        return self._engine.take_events()
+
+    @never_raise(lambda: None)
+    def stats_since_last(self) -> LMCacheStats | None:
+        stats, self._counted = LMCacheStats.since(self._counted, self.metrics)
+        return None if stats.is_empty() else stats
+
+    def _load(self, op: LoadOp, *, layerwise: bool = False) -> None:
+        lease = self._shared.handed_over.pop(op.req_id, None)
+        try:
+            if lease is None:
+                raise RuntimeError(f"nothing was handed over for request {op.req_id}")
+            # An asynchronous load has blocks for just what was promised: one token less than a full hit.
+            end = min(op.end, len(op.block_ids) * self._block_size)
+            tokens = op.token_ids[:end]
+            slots = self._slot_mapping(op.block_ids, end, first=op.start)
+            wanted = torch.arange(end) >= op.start
+            if layerwise:
+                steps = self._engine.retrieve_layer(tokens, wanted, slot_mapping=slots, lease=lease)
+                self._layerwise.start(op, lease, steps)
+                return
+            with lease:
+                found = int(self._engine.retrieve(tokens, wanted, slot_mapping=slots, lease=lease).sum())
+                self._queued_work()()  # host memory may be reused once the lease is gone
+            if found < end - op.start:
+                raise RuntimeError(f"{found} of {end - op.start} promised tokens could be loaded")
+        except Exception as error:
+            if lease is not None:
+                lease.release()
+            self._load_failed(op, error)
+
+    def _load_failed(self, op: LoadOp, error: Exception) -> None:
+        with self._lock:
+            self._failed_blocks.update(op.block_ids[op.start // self._block_size : -(-op.end // self._block_size)])
+        self._shared.failed_loads.add(op.req_id)
+        report_failure(self.metrics, "load", error)
+
+    def _save(self, op: SaveOp, written: Callable[[], None]) -> None:
+        try:
+            written()
+            slots = self._slot_mapping(op.block_ids, len(op.token_ids), first=0)
+            new = torch.arange(len(op.token_ids)) >= op.start
+            self._engine.store(
+                op.token_ids, mask=new, slot_mapping=slots, keys=op.keys, lora=op.lora, cache_salt=op.cache_salt
+            )
+        except Exception as error:
+            report_failure(self.metrics, "save", error)
+
+    def _slot_mapping(self, block_ids: list[int], num_tokens: int, *, first: int) -> torch.Tensor:
+        """Slot of each of ``num_tokens`` tokens, int64 ``[T]``; −1 before ``first``."""
+        size = self._block_size
+        blocks = torch.tensor(block_ids[: -(-num_tokens // size)], dtype=torch.int64)
+        slots = (blocks[:, None] * size + torch.arange(size)).flatten()[:num_tokens]
+        slots[:first] = -1
+        return slots
+
+    def _queued_work(self) -> Callable[[], None]:
+        """A call that returns once everything queued on the device so far is done; on the CPU it is."""
+        if self._device.type != "cuda":
+            return _nothing_queued
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event.synchronize
+
+
+def _nothing_queued() -> None:
+    pass
