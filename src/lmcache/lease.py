@@ -63,13 +63,14 @@ class PrefixLease:
             self._drop_failed()
             self._keep(lambda chunk: chunk.future.done())
 
-    def tokens_by_tier(self) -> dict[str, int]:
-        """Tokens of each tier, fastest met first."""
+    def tokens_by_tier(self, first: int = 0) -> dict[str, int]:
+        """How many of the tokens from ``first`` on come from each tier, in the order in which they are met."""
         tokens: dict[str, int] = {}
         with self._lock:
             self._drop_failed()
             for chunk in self._chunks:
-                tokens[chunk.tier] = tokens.get(chunk.tier, 0) + chunk.end - chunk.start
+                if chunk.end > first:
+                    tokens[chunk.tier] = tokens.get(chunk.tier, 0) + chunk.end - max(chunk.start, first)
         return tokens
 
     def arrived(self) -> list[tuple[LeasedChunk, MemoryObj]]:

@@ -69,7 +69,8 @@ class BlockConnector(PagedConnector):
     follows the last token is undefined.
 
     Packed pages cannot be taken apart. A last page that the range does not fill is written whole all the same (the
-    rest of it belongs to the same request and is not computed yet); any other part of a page is refused with ValueError.
+    rest of it belongs to the same request and is not computed yet). Any other part of a page is refused with
+    ValueError: leaving it out in silence would let the engine attend to what happens to be there.
     """
 
     def __init__(self, kv_layout: KVLayout, tensors: Sequence[torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ from tests.storage.disk.helpers import (
 
 KILLS = 100
 SPECS = [spec_of(nbytes) for nbytes in (3_000, 40_000, 700_000)]
-NUM_KEYS = 300
+NUM_KEYS = 120
 
 
 def write_until_killed(directory: Path, capacity: int, seed: int, said: int) -> None:
@@ -91,8 +91,8 @@ def test_killed_at_any_moment(tmp_path: Path, room: str) -> None:
             if room == "enough" and number in finished:
                 assert found is not None, f"{number} was finished and is lost"
             survivors += found is not None
-        if room == "enough":
-            assert tier.stats().failures == {}
+        # A file that was removed and whose row was not yet: found out here. Nothing else can be wrong.
+        assert set(tier.stats().failures) <= {"read_enoent"}
         entries = tier.stats().entries
         tier.close()
         # Neither a file without an entry nor an entry without a file.

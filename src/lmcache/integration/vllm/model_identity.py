@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,20 @@ _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 def fingerprint(path: Path) -> str:
-    """Digest of the weight files in a local folder: names, sizes and 16 evenly spaced samples of each.
+    """Digest of the weights in a local folder (or one file): names, sizes and 16 evenly spaced samples of each file.
 
-    Reading all of a 100 GB model at start is no option; every sample changing with retrained weights is certain
-    enough, and unlike the modification time it is the same on every host.
+    Reading all of a 100 GB model at start is no option; some sample changing with retrained weights is certain enough,
+    and unlike the modification time it is the same on every host.
     """
-    digest = blake3()
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
-    for file in files:
-        size = file.stat().st_size
+    stats = [file.stat() for file in files]
+    return _digest(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)))
+
+
+@lru_cache(maxsize=1024)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = blake3()
+    for file, size, _ in files:
         digest.update(f"{file.name}:{size};".encode())
         with file.open("rb") as stream:
             for sample in range(_SAMPLES):

@@ -54,7 +54,7 @@ class RequestTracker:
         )
 
     def take_lease(self) -> PrefixLease | None:
-        lease, self.lease, self.wait_until = self.lease, None, None
+        lease, self.lease = self.lease, None
         return lease
 
     def drop_lease(self) -> None:

@@ -47,6 +47,7 @@ class SchedulerSide:
             if self._may_wait(tracker):
                 return None
             lease.cut()
+        tracker.wait_until = None
         tracker.local_tokens = num_computed_tokens
         reusable: int = min(lease.num_tokens, request.num_tokens - 1) - num_computed_tokens
         if reusable <= 0:
@@ -61,7 +62,9 @@ class SchedulerSide:
 
         With ``block_ids`` the load is asynchronous: it starts now, and the request is scheduled once it is done.
         """
-        tracker = self._tracker(request)
+        tracker = self._trackers.get(request.request_id)
+        if tracker is None:  # its first look-up failed, so nothing was promised
+            return
         tracker.external_tokens = num_external_tokens
         if num_external_tokens == 0:
             tracker.drop_lease()
@@ -84,20 +87,24 @@ class SchedulerSide:
         meta.preempted = [req_id for req_id, tracker in self._trackers.items() if tracker.was_preempted()]
         return meta
 
-    @never_raise(lambda: (False, None))
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether the blocks must stay until a save has read them, and what the client is told."""
-        req_id = request.request_id
-        delay = self._shared.saves.delay_free(req_id)
+        # Once the answer is yes it must reach vLLM: it frees the blocks when the worker role names the request.
+        delay = self._shared.saves.delay_free(request.request_id)
+        return delay, self._forget(request.request_id)
+
+    @never_raise(lambda: None)
+    def _forget(self, req_id: str) -> dict[str, Any] | None:
         tracker = self._trackers.pop(req_id, None)
         if tracker is None:
-            return delay, None
+            return None
         tracker.drop_lease()
         if req_id in self._shared.failed_loads:
             self._shared.failed_loads.discard(req_id)
             tracker.reused_tokens, tracker.tiers = 0, {}
-        return delay, tracker.summary()
+        return tracker.summary()
 
+    @never_raise(lambda: False)
     def reset_cache(self) -> bool:
         """Forget everything, in every tier (vLLM's ``reset_prefix_cache`` with ``reset_connector``)."""
         self._shared.saves.wait()
@@ -177,7 +184,7 @@ class SchedulerSide:
             end = lease.num_tokens
             if request.num_preemptions == 0:
                 tracker.reused_tokens = min(end, request.num_tokens - 1) - tracker.local_tokens
-                tracker.tiers = lease.tokens_by_tier()
+                tracker.tiers = lease.tokens_by_tier(tracker.local_tokens)
         return LoadOp(
             request.request_id, request.all_token_ids[:end], tracker.local_tokens, end, list(tracker.block_ids)
         )

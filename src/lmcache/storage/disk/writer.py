@@ -24,7 +24,6 @@ logger = init_logger(__name__)
 _PERSIST_SECONDS = 5.0
 """How often the order of last use reaches the index when nothing is written."""
 
-
 _BURSTS_UNDER_WAY = 2
 
 Burst: TypeAlias = "list[tuple[Write, Future[bool] | None]]"
@@ -87,14 +86,17 @@ class DiskWriter:
             work = self._catalog.take_work(0 if bursts else _PERSIST_SECONDS, busy=bool(bursts))
             if work is not None and work.condemned:
                 self.unlink(work.condemned)
-            elif work is not None and work.writes:
+                continue
+            if work is not None and work.writes:
                 bursts.append(self._begin(work.writes))
-            elif not bursts:
+                if len(bursts) < _BURSTS_UNDER_WAY:
+                    continue
+            if bursts:
+                self._end(bursts.popleft())
+            else:
                 self._persist()
                 if work is None:
                     return
-            if bursts and (len(bursts) == _BURSTS_UNDER_WAY or not (work and (work.condemned or work.writes))):
-                self._end(bursts.popleft())
 
     def _begin(self, writes: list[Write]) -> Burst:
         tried = self.breaker.allows() and self._commit(begun=writes)
