@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from lmcache.storage.disk import LocalDiskTier
 from tests.vllm.harness import model_path
 
 BUILT_IN = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
@@ -301,8 +306,6 @@ def disk_faults(directory: str, faults: list[str], connector: str = "built-in") 
 
 def raising_calls(connector: str, config: dict[str, Any]) -> dict[str, Any]:
     """Every call that the adapter makes into the engine raises once: the request is answered all the same."""
-    from unittest.mock import patch
-
     llm = start_llm(connector, config)
     (prompt,) = prose_prompts(llm, [600])
     expected = generate(llm, [prompt])
@@ -317,6 +320,78 @@ def raising_calls(connector: str, config: dict[str, Any]) -> dict[str, Any]:
     leaks = leaked_references()
     shut_down(llm)
     return {"expected": expected, "answers": answers, "leaks": leaks}
+
+
+def observability(connector: str) -> dict[str, Any]:
+    """The KV events that vLLM publishes, and our counters among vLLM's own metrics."""
+    llm = start_llm(connector, {"enable_kv_events": True}, disable_log_stats=False)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    events: list[Any] = []
+    scheduler.kv_event_publisher.publish = lambda batch: events.extend(batch.events)
+    (prompt,) = prose_prompts(llm, [600])
+    generate(llm, [prompt])
+    generate(llm, [prompt])
+    metrics = {
+        metric.name: metric.labels | {"value": metric.value}
+        for metric in llm.get_metrics()
+        if metric.name.startswith("vllm:lmcache_") and hasattr(metric, "value")
+    }
+    shut_down(llm)
+    return {
+        "prompt": prompt,
+        "events": [
+            {"tokens": event.token_ids, "block_size": event.block_size, "medium": event.medium} for event in events
+        ],
+        "chained": [event.parent_block_hash == before.block_hashes[-1] for before, event in pairwise(events)],
+        "metrics": metrics,
+    }
+
+
+def abort_while_loading(connector: str, directory: str) -> dict[str, Any]:
+    """Requests that are aborted while their chunks come from a slow disk, or are on their way into the pages."""
+    from vllm import SamplingParams
+
+    llm = start_llm(connector, {"local_disk": directory, "max_local_disk_size": 1.0, "chunk_size": 128})
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    (prompt,) = prose_prompts(llm, [800])
+    expected = generate(llm, [prompt])
+    (shared,) = shared_engines()
+    shared.saves.wait()
+    shared.manager.storage.flush(60)
+    read, retrieve = LocalDiskTier._read, type(shared.engine).retrieve
+    steps_until_abort = [1, 2, 5, 20]
+    for slow in ("disk", "pages"):
+        for index, steps in enumerate(steps_until_abort):
+            shared.manager.storage.memory.clear()
+            with ExitStack() as patches:
+                if slow == "disk":
+                    patches.enter_context(patch.object(LocalDiskTier, "_read", slowly(read)))
+                else:
+                    patches.enter_context(patch.object(type(shared.engine), "retrieve", slowly(retrieve)))
+                name = f"{slow}-{index}"
+                engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=16))
+                for _ in range(steps):
+                    engine.step()
+                engine.abort_request([name])
+                while engine.has_unfinished_requests() or scheduler.has_finished_requests():
+                    engine.step()
+    after = generate(llm, [prompt])
+    leaks = leaked_references()
+    for _ in range(50):
+        engine.step()
+    pool = scheduler.kv_cache_manager.block_pool
+    free, total = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
+    shut_down(llm)
+    return {"expected": expected, "after": after, "leaks": leaks, "free": free, "total": total}
+
+
+def slowly(function: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def main() -> None:

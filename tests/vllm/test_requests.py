@@ -58,3 +58,24 @@ def test_beside_vllms_own_prefix_cache(connector: str) -> None:
         assert answers["reset"] is True
         assert answers["after_reset"][0]["reuse"]["reused_tokens"] == 0
         assert answers["after_reset"][0]["tokens"] == answers["long"][0]["tokens"]
+
+
+@pytest.mark.parametrize("connector", ["built-in", "dynamic"])
+def test_aborts_while_loading_leak_nothing(connector: str, tmp_path: Path) -> None:
+    answers = run("abort_while_loading", connector=connector, directory=str(tmp_path))
+    assert answers["after"][0]["tokens"] == answers["expected"][0]["tokens"]
+    assert answers["leaks"] == []
+    assert answers["free"] == answers["total"]
+
+
+@pytest.mark.parametrize("connector", ["built-in", "dynamic"])
+def test_events_and_metrics_reach_vllm(connector: str) -> None:
+    answers = run("observability", connector=connector)
+    prompt = answers["prompt"]
+    assert [event["tokens"] for event in answers["events"]] == [prompt[:256], prompt[256:512]]
+    assert {event["block_size"] for event in answers["events"]} == {256}
+    assert answers["chained"] == [True]
+    if connector == "dynamic":  # the built-in wrapper passes no metrics on
+        assert answers["metrics"]["vllm:lmcache_stored_tokens"]["value"] == 512
+        reused = answers["metrics"]["vllm:lmcache_reused_tokens"]
+        assert (reused["tier"], reused["value"]) == ("memory", 512)

@@ -182,17 +182,20 @@ def test_neither_forked_nor_spawned_children_keep_the_lock(tmp_path: Path, heap:
     tier = open_tier(tmp_path, heap)
     spawned = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
     wait, go = os.pipe()
+    hear, started = os.pipe()
     forked = os.fork()
     if forked == 0:
         os.close(go)
+        os.write(started, b"!")
         os.read(wait, 1)
         os._exit(0)
     try:
+        os.read(hear, 1)
         tier.close()
         open_tier(tmp_path, heap).close()
     finally:
-        os.close(go)
-        os.close(wait)
+        for end in (go, wait, hear, started):
+            os.close(end)
         os.waitpid(forked, 0)
         spawned.communicate(b"\n")
 

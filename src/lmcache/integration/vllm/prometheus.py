@@ -56,9 +56,11 @@ class LMCachePromMetrics(KVConnectorPromMetrics):
             name, labels = _split(sample)
             family = self._counters.get(name)
             if family is None:
+                plain = name.removesuffix("_total")
                 family = self._counters[name] = self._counter_cls(
-                    name=f"lmcache:{name.removeprefix('lmcache_').removesuffix('_total')}",
-                    documentation=f"LMCache: {name.removeprefix('lmcache_').removesuffix('_total').replace('_', ' ')}.",
+                    # vLLM's own prefix: its snapshot of metrics leaves others out.
+                    name=f"vllm:{plain}",
+                    documentation=f"{plain.replace('_', ' ')}, see lmcache.observability.metrics.",
                     labelnames=[*self._labelnames, *labels],
                 )
             family.labels(*self.per_engine_labelvalues[engine_idx], *labels.values()).inc(growth)
