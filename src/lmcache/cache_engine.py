@@ -1,34 +1,43 @@
-"""``LMCacheEngine``: store, look up and retrieve the KV of token sequences."""
+"""``LMCacheEngine``: store, find and retrieve the KV of prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import overload
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, overload
 
 import torch
 
+from lmcache.chunk_writes import ChunkWrites
 from lmcache.config import LMCacheEngineConfig
-from lmcache.filling import ChunkToFill, Filling
-from lmcache.keys import Namespace, PrefixKey, Tokens, prefix_keys, token_array
-from lmcache.lease import LeasedChunk, PrefixLease
-from lmcache.memory.memory_obj import KVSpec, MemoryObj
-from lmcache.metadata import TOKEN_MAJOR, LMCacheEngineMetadata
+from lmcache.keys import Namespace, PrefixKey, Tokens, prefix_keys
+from lmcache.kv_ends import (
+    HostLayout,
+    KVCache,
+    LayerKV,
+    LayerSource,
+    PagedKV,
+    SentLayers,
+    Source,
+    TensorFormat,
+    TensorSource,
+    TensorTarget,
+)
+from lmcache.lease import PrefixLease
+from lmcache.metadata import LMCacheEngineMetadata
 from lmcache.observability.events import CacheStoreEvent, EventBuffer
-from lmcache.observability.metrics import Metrics
 from lmcache.paging.interface import GPUConnectorInterface
-from lmcache.pinning import PinBook
+from lmcache.prompt import Chunk, Prompt, cut, leading_false
+from lmcache.retrieval import Target, all_arrived, copy_arriving
 from lmcache.storage.interface import TierStats
 from lmcache.storage.tiered import TieredStorage
-from lmcache.tensor_blob import KVLike, copy_tokens, in_format, token_major_views
-from lmcache.token_mask import checked_slots, first_wanted
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since start: tokens asked for, found by tier, newly stored; and each tier's own."""
+    """Counters since start, in tokens: asked for, reused by tier, newly stored; and what each tier says of itself."""
 
     requested_tokens: int
     reused_tokens: dict[str, int]
@@ -40,14 +49,15 @@ class LMCacheEngine:
     """Exact prefix reuse: what comes back for a prefix is byte for byte what was stored for it.
 
     Two paths. On the *tensor path* KV is passed as tensors: a blob ``[L, 2, T, H, D]`` (``[L, 2, H, T, D]`` when
-    ``metadata.fmt`` is "huggingface") or (k, v) per layer. On the *paged path*, chosen by passing ``slot_mapping``
-    (int64 ``[T]``, −1 for tokens to leave alone), it moves between an engine's pages and host memory. The two keep
-    different bytes for a chunk and so never share entries.
+    ``metadata.fmt`` is "huggingface") or (k, v) per layer; MLA has one plane instead of two. On the *paged path*,
+    chosen by passing ``slot_mapping`` (int64 ``[T]``, −1 for tokens to leave alone), KV moves between an engine's pages
+    and host memory. The two keep other bytes for a chunk, and so never share entries.
 
-    ``mask`` (bool ``[T]``: a run of False, then of True) leaves out leading tokens: they are there already. ``lora``
-    and ``cache_salt`` isolate adapters and tenants.
+    ``mask`` (bool ``[T]``: a run of False, then of True) leaves out leading tokens: they are there already. ``T`` is
+    always the whole prompt. ``lora`` and ``cache_salt`` isolate adapters and tenants.
 
-    A fault of a tier is a miss; only a caller's mistake raises (ValueError). Thread-safe.
+    A fault of a tier is a miss; only a caller's mistake raises (ValueError), and what the connector raises passes
+    through. Thread-safe.
     """
 
     def __init__(
@@ -56,91 +66,94 @@ class LMCacheEngine:
         metadata: LMCacheEngineMetadata,
         storage: TieredStorage,
         gpu_connector: GPUConnectorInterface | None = None,
-        metrics: Metrics | None = None,
     ) -> None:
+        """Takes over ``storage``: :meth:`close` closes it. Its metrics are the engine's.
+
+        Raises:
+            ValueError: ``config`` and ``metadata`` disagree about the size of a chunk.
+        """
+        if metadata.kv_shape[2] != config.chunk_size:
+            raise ValueError(
+                f"chunk_size={config.chunk_size}, but the metadata's kv_shape {metadata.kv_shape} has "
+                f"{metadata.kv_shape[2]} tokens a chunk: both must be the same"
+            )
         self.config = config
         self.metadata = metadata
         self.storage = storage
+        self.metrics = storage.metrics
         self.gpu_connector = gpu_connector
-        self.metrics = metrics or Metrics()
+        self._format = TensorFormat.of(metadata)
         self._events = EventBuffer()
-        self._filling = Filling(storage, self.metrics)
-        self._pins = PinBook(storage)
+        self._writes = ChunkWrites(storage, self._events if config.enable_kv_events else None)
+        # Making one takes as long as hashing a thousand tokens.
+        self._namespace = lru_cache(maxsize=1024)(
+            lambda layout, lora, cache_salt: metadata.namespace(layout, lora=lora, cache_salt=cache_salt)
+        )
 
     def set_gpu_connector(self, connector: GPUConnectorInterface) -> None:
-        """Say how KV moves to and from the engine's pages; integrations learn it after the engine exists."""
+        """Say how KV moves to and from the engine's pages; integrations learn that after the engine exists."""
         self.gpu_connector = connector
 
     # Keys
 
-    def namespace(self, *, paged: bool, lora: str = "", cache_salt: str = "") -> Namespace:
-        return self.metadata.namespace(
-            self._connector().layout if paged else TOKEN_MAJOR, lora=lora, cache_salt=cache_salt
-        )
+    def namespace(self, *, lora: str = "", cache_salt: str = "", paged: bool) -> Namespace:
+        return self._namespace(self._host(paged).layout, lora, cache_salt)
 
     def prefix_keys(
-        self, tokens: Tokens, *, paged: bool = False, lora: str = "", cache_salt: str = ""
+        self, tokens: Tokens, *, lora: str = "", cache_salt: str = "", paged: bool = False
     ) -> list[PrefixKey]:
         """Keys of the chunks of ``tokens``; with ``save_unfull_chunk`` also of a last one that is not full."""
-        return prefix_keys(
-            self.namespace(paged=paged, lora=lora, cache_salt=cache_salt),
-            tokens,
-            self.config.chunk_size,
-            include_partial=self.config.save_unfull_chunk,
-        )
+        namespace = self.namespace(lora=lora, cache_salt=cache_salt, paged=paged)
+        return prefix_keys(namespace, tokens, self.config.chunk_size, include_partial=self.config.save_unfull_chunk)
 
     # Looking up
 
-    def lookup(self, tokens: Tokens, *, paged: bool = False, lora: str = "", cache_salt: str = "") -> int:
+    def lookup(self, tokens: Tokens, *, lora: str = "", cache_salt: str = "", paged: bool = False) -> int:
         """How many leading tokens could be reused now. Touches only indexes, holds nothing."""
-        keys = self.prefix_keys(tokens, paged=paged, lora=lora, cache_salt=cache_salt)
-        return self._usable(len(self.storage.locate(keys)), len(tokens))
+        hits = self.storage.find(self.prefix_keys(tokens, lora=lora, cache_salt=cache_salt, paged=paged))
+        count = self._num_tokens(len(hits), tokens)
+        return count if count >= self.config.min_retrieve_tokens else 0
 
-    def contains(self, tokens: Tokens, *, paged: bool = False, lora: str = "", cache_salt: str = "") -> bool:
-        """Whether every chunk of ``tokens`` is held (a last chunk that is not full counts with
-        ``save_unfull_chunk``)."""
-        keys = self.prefix_keys(tokens, paged=paged, lora=lora, cache_salt=cache_salt)
-        return bool(keys) and len(self.storage.locate(keys)) == len(keys)
+    def contains(self, tokens: Tokens, *, lora: str = "", cache_salt: str = "", paged: bool = False) -> bool:
+        """Whether every chunk of ``tokens`` is held (with ``save_unfull_chunk`` also a last one that is not full)."""
+        keys = self.prefix_keys(tokens, lora=lora, cache_salt=cache_salt, paged=paged)
+        return bool(keys) and len(self.storage.find(keys)) == len(keys)
 
     def prefetch(
         self,
         tokens: Tokens,
         *,
-        paged: bool = False,
         lora: str = "",
         cache_salt: str = "",
+        paged: bool = False,
         keys: Sequence[PrefixKey] | None = None,
     ) -> PrefixLease:
-        """Hold what can be reused and start reading what lies in slower tiers. Never blocks.
+        """Hold what can be reused, and start reading what lies in slower tiers. Never blocks.
 
-        ``keys`` saves hashing when the caller has them from :meth:`prefix_keys`.
+        Args:
+            keys: of :meth:`prefix_keys` for the same arguments, if the caller has them.
         """
-        if keys is None:
-            keys = self.prefix_keys(tokens, paged=paged, lora=lora, cache_salt=cache_salt)
-        tiers = self.storage.locate(keys)
-        count = self._usable(len(tiers), len(tokens))
-        self.metrics.requested(len(tokens))
-        return PrefixLease(
-            [
-                LeasedChunk(start, end, tier.name, self.storage.fetch(key, tier))
-                for key, tier, (start, end) in zip(keys, tiers, self._ranges(count), strict=False)
-            ]
-        )
+        with self.metrics.timed("prefetch"):
+            prompt = self._prompt(tokens, None, keys, paged, lora, cache_salt)
+            return self._lease(prompt.chunks, 0, len(prompt), paged)
 
     # Retrieving
 
     @overload
     def retrieve(
-        self, tokens: Tokens, mask: torch.Tensor | None = ..., return_tuple: bool = ..., *, slot_mapping: None = ...,
-        lora: str = ..., cache_salt: str = ..., lease: PrefixLease | None = ...,
-    ) -> tuple[KVLike, torch.Tensor]: ...  # fmt: skip
-
+        self, tokens: Tokens, mask: torch.Tensor | None = ..., return_tuple: Literal[True] = ..., *,
+        slot_mapping: None = ..., lora: str = ..., cache_salt: str = ..., lease: PrefixLease | None = ...,
+    ) -> tuple[tuple[LayerKV, ...], torch.Tensor]: ...  # fmt: skip
     @overload
     def retrieve(
-        self, tokens: Tokens, mask: torch.Tensor | None = ..., return_tuple: bool = ..., *, slot_mapping: torch.Tensor,
-        lora: str = ..., cache_salt: str = ..., lease: PrefixLease | None = ...,
+        self, tokens: Tokens, mask: torch.Tensor | None = ..., return_tuple: bool = ..., *,
+        slot_mapping: None = ..., lora: str = ..., cache_salt: str = ..., lease: PrefixLease | None = ...,
+    ) -> tuple[torch.Tensor | tuple[LayerKV, ...], torch.Tensor]: ...  # fmt: skip
+    @overload
+    def retrieve(
+        self, tokens: Tokens, mask: torch.Tensor | None = ..., return_tuple: bool = ..., *,
+        slot_mapping: torch.Tensor, lora: str = ..., cache_salt: str = ..., lease: PrefixLease | None = ...,
     ) -> torch.Tensor: ...  # fmt: skip
-
     def retrieve(
         self,
         tokens: Tokens,
@@ -151,30 +164,47 @@ class LMCacheEngine:
         lora: str = "",
         cache_salt: str = "",
         lease: PrefixLease | None = None,
-    ) -> tuple[KVLike, torch.Tensor] | torch.Tensor:
-        """The KV of the longest stored prefix of ``tokens``.
+    ) -> tuple[torch.Tensor | tuple[LayerKV, ...], torch.Tensor] | torch.Tensor:
+        """Get the KV of the tokens that follow those left out by ``mask``, as far as it is held.
+
+        Waits for reads from slower tiers, ``max_disk_wait_seconds`` at most, and copies each chunk as it arrives.
 
         Args:
-            lease: from :meth:`prefetch` of the same tokens; stays the caller's. Without one, one is taken and released.
+            lease: of :meth:`prefetch` for these tokens, or for more of the same prompt; stays the caller's. Without
+                one, one is taken and given back. ``min_retrieve_tokens`` was applied when it was taken.
 
         Returns:
-            Tensor path: ``(kv, found)``. ``found`` is bool ``[T]`` on the CPU; ``kv`` covers the True tokens: (k, v)
-            per layer with ``return_tuple``, else a blob; ``()`` when there are none.
-            Paged path: ``found`` alone; the pages of the True tokens are written.
+            Tensor path: ``(kv, found)``. ``found`` is bool ``[T]``, on the CPU. ``kv`` are the found tokens, in memory
+            of its own: (k, v) per layer with ``return_tuple``, else a blob; ``()`` when there are none.
+            Paged path: ``found`` alone; the pages of the found tokens are written.
         """
-        first = first_wanted(mask, len(tokens))
-        paged = slot_mapping is not None
-        with self._leased(lease, tokens, paged, lora, cache_salt) as held, self.metrics.timed("retrieve"):
-            chunks = _wanted_chunks(held, first, len(tokens))
-            found = self._found(chunks, first, len(tokens))
+        start = leading_false(mask, len(tokens))
+        with (
+            self.metrics.timed("retrieve"),
+            self._held(lease, tokens, start, slot_mapping is not None, lora, cache_salt) as held,
+        ):
+            limit = min(held.num_tokens, len(tokens))
             if slot_mapping is not None:
-                objs, ranges = _objects_and_ranges(chunks)
-                self._connector().batched_to_gpu(objs, ranges, checked_slots(slot_mapping, len(tokens)))
-                return found
-            if not chunks:
+                pages = self._pages(slot_mapping, len(tokens), start)
+                return self._found(held, start, self._copy(held, pages, start, limit), len(tokens))
+            target = TensorTarget(self._format, start, max(start, limit))
+            end = self._copy(held, target, start, limit)
+            found = self._found(held, start, end, len(tokens))
+            if end == start:
                 return (), found
-            return in_format(self._gather(chunks, first), self.metadata, return_tuple), found
+            blob = target.blob(end)
+            return tuple(layer.unbind(0) for layer in blob) if return_tuple else blob, found
 
+    @overload
+    def retrieve_layer(
+        self, tokens: Tokens, mask: torch.Tensor | None = ..., *, slot_mapping: None = ...,
+        lora: str = ..., cache_salt: str = ..., lease: PrefixLease | None = ...,
+    ) -> Generator[LayerKV, None, torch.Tensor]: ...  # fmt: skip
+    @overload
+    def retrieve_layer(
+        self, tokens: Tokens, mask: torch.Tensor | None = ..., *, slot_mapping: torch.Tensor,
+        lora: str = ..., cache_salt: str = ..., lease: PrefixLease | None = ...,
+    ) -> Generator[int, None, torch.Tensor]: ...  # fmt: skip
     def retrieve_layer(
         self,
         tokens: Tokens,
@@ -184,30 +214,34 @@ class LMCacheEngine:
         lora: str = "",
         cache_salt: str = "",
         lease: PrefixLease | None = None,
-    ) -> Generator[tuple[torch.Tensor, torch.Tensor] | None, None, torch.Tensor]:
+    ) -> Generator[LayerKV | int, None, torch.Tensor]:
         """:meth:`retrieve`, a layer a step.
 
-        Yields once a layer, in order, when it is in place: on the tensor path (k, v) of the found tokens,
-        ``[T', H, D]`` (``[H, T', D]`` for "huggingface"), on the paged path None. Returns ``found``. Closing it early
-        is fine.
+        The first step waits for every chunk (each holds all layers). Step ``l`` ends with layer ``l`` in place and
+        yields, on the tensor path, its (k, v) of the found tokens, on the paged path the end of the found tokens.
+        After the last layer the generator returns ``found``; when nothing is found it does so at once. It may be
+        closed at any step.
         """
-        first = first_wanted(mask, len(tokens))
-        with self._leased(lease, tokens, slot_mapping is not None, lora, cache_salt) as held:
-            chunks = _wanted_chunks(held, first, len(tokens))
-            found = self._found(chunks, first, len(tokens))
-            if slot_mapping is not None:
-                slots = checked_slots(slot_mapping, len(tokens))
-                objs, ranges = _objects_and_ranges(chunks)
-                connector = self._connector()
-                for layer in range(connector.num_layers):
-                    connector.layer_to_gpu(layer, objs, ranges, slots)
-                    yield None
-            elif chunks:
-                for layer in range(self.metadata.num_layers):
-                    blob = self._gather(chunks, first, slice(layer, layer + 1))
-                    shaped = in_format(blob, self.metadata, False)
-                    assert isinstance(shaped, torch.Tensor)
-                    yield shaped[0, 0], shaped[0, -1]
+        # Here and not in the generator, so that a mistake shows before its first step.
+        start = leading_false(mask, len(tokens))
+        pages = None if slot_mapping is None else self._pages(slot_mapping, len(tokens), start)
+        return self._retrieve_layers(tokens, start, pages, lease, lora, cache_salt)
+
+    def _retrieve_layers(
+        self, tokens: Tokens, start: int, pages: PagedKV | None, lease: PrefixLease | None, lora: str, cache_salt: str
+    ) -> Generator[LayerKV | int, None, torch.Tensor]:
+        paged, timeout = pages is not None, self.config.max_disk_wait_seconds
+        with (
+            self._held(lease, tokens, start, paged, lora, cache_salt) as held,
+            all_arrived(held, start, len(tokens), timeout) as (parts, end),
+        ):
+            found = self._found(held, start, end, len(tokens))
+            if end == start:
+                return found
+            target = pages or TensorTarget(self._format, start, end)
+            for layer in range(self._host(paged).num_layers):
+                target.scatter_layer(layer, parts)
+                yield target.layer(layer) if isinstance(target, TensorTarget) else end
             return found
 
     # Storing
@@ -215,7 +249,7 @@ class LMCacheEngine:
     def store(
         self,
         tokens: Tokens,
-        kv: KVLike | None = None,
+        kv: KVCache | None = None,
         mask: torch.Tensor | None = None,
         *,
         slot_mapping: torch.Tensor | None = None,
@@ -223,28 +257,29 @@ class LMCacheEngine:
         cache_salt: str = "",
         keys: Sequence[PrefixKey] | None = None,
     ) -> int:
-        """Keep the KV of the chunks of ``tokens`` that are not held yet; returns how many tokens that were.
+        """Keep the chunks of ``tokens`` that are not held yet; returns how many tokens these were.
 
-        Pass ``kv`` on the tensor path, ``slot_mapping`` on the paged path. Chunks that begin before the first True of
-        ``mask`` are left out. Writing to slower tiers goes on behind the caller's back.
+        Chunks that begin before the first True of ``mask`` are left out. Slower tiers get theirs behind the caller's
+        back. A chunk that another thread is storing at this moment is left to it.
+
+        Args:
+            kv: the KV of all ``T`` tokens, on any device; None on the paged path.
+            keys: of :meth:`prefix_keys` for the same arguments, if the caller has them.
         """
-        views = None if kv is None else token_major_views(kv, len(tokens), self.metadata)
-        if (views is None) == (slot_mapping is None):
+        paged = slot_mapping is not None
+        if (kv is None) != paged:
             raise ValueError("store takes either kv (tensor path) or slot_mapping (paged path)")
         with self.metrics.timed("store"):
-            chunks = self._prepare(tokens, mask, slot_mapping is not None, lora, cache_salt, keys)
-            try:
-                if views is not None:
-                    for chunk in chunks:
-                        copy_tokens(views, chunk.start, chunk.end, chunk.obj.tensor)
-                elif slot_mapping is not None and chunks:
-                    slots = checked_slots(slot_mapping, len(tokens))
-                    objs, ranges = [c.obj for c in chunks], [(c.start, c.end) for c in chunks]
-                    self._connector().batched_from_gpu(objs, ranges, slots)
-            except BaseException:
-                self._filling.discard(chunks)
-                raise
-            return self._publish(chunks, tokens)
+            prompt = self._prompt(tokens, mask, keys, paged, lora, cache_salt)
+            source: Source
+            if kv is not None:
+                source = TensorSource(self._format, kv, len(prompt))
+            else:
+                assert slot_mapping is not None
+                source = self._pages(slot_mapping, len(prompt), prompt.start)
+            with self._writes.prepare(prompt.wanted(), self._host(paged).spec) as parts:
+                source.gather(parts)
+                return self._writes.publish(prompt, parts)
 
     def store_layer(
         self,
@@ -255,169 +290,124 @@ class LMCacheEngine:
         lora: str = "",
         cache_salt: str = "",
         keys: Sequence[PrefixKey] | None = None,
-    ) -> Generator[int, tuple[torch.Tensor, torch.Tensor] | None, int]:
-        """:meth:`store`, a layer a step.
+    ) -> Generator[int, LayerKV | None, int]:
+        """:meth:`store`, a layer a step: ``L + 1`` steps that yield 0, 1, … ``L``, the number of layers taken.
 
-        Yields the number of the layer that it wants next. On the paged path go on when that layer's pages are written;
-        on the tensor path ``send`` its (k, v), ``[T, H, D]`` (``[H, T, D]`` for "huggingface"). Returns the number of
-        tokens stored. Nothing is visible before the last layer; closing it early leaves nothing behind.
+        The first step (``next``) reserves memory. On the tensor path, then ``send`` the (k, v) of layers 0, 1, …, each
+        of all ``T`` tokens. On the paged path, call ``next`` when the pages of layer 0, 1, … are written. The step that
+        yields ``L`` has made everything visible; the generator then returns the number of tokens newly stored. Closed
+        or failed before, nothing of it is ever seen.
         """
-        slots = None if slot_mapping is None else checked_slots(slot_mapping, len(tokens))
-        chunks = self._prepare(tokens, mask, slots is not None, lora, cache_salt, keys)
-        objs, ranges = [chunk.obj for chunk in chunks], [(chunk.start, chunk.end) for chunk in chunks]
-        num_layers = self.metadata.num_layers if slots is None else self._connector().num_layers
-        one_layer = replace(self.metadata, kv_shape=(1, *self.metadata.kv_shape[1:]))
-        try:
-            for layer in range(num_layers):
-                pair = yield layer
-                if slots is not None:
-                    self._connector().layer_from_gpu(layer, objs, ranges, slots)
-                    continue
-                if pair is None:
-                    raise ValueError(f"store_layer without slot_mapping: send (k, v) of layer {layer}")
-                views = token_major_views([pair], len(tokens), one_layer)
-                for chunk in chunks:
-                    copy_tokens(views, chunk.start, chunk.end, chunk.obj.tensor[layer : layer + 1])
-        except BaseException:
-            self._filling.discard(chunks)
-            raise
-        return self._publish(chunks, tokens)
+        paged = slot_mapping is not None
+        prompt = self._prompt(tokens, mask, keys, paged, lora, cache_salt)
+        source: LayerSource
+        if slot_mapping is None:
+            source = SentLayers(self._format, len(prompt))
+        else:
+            source = self._pages(slot_mapping, len(prompt), prompt.start)
+        return self._writes.store_layers(prompt, source, self._host(paged))
 
     # Keeping and forgetting
 
-    def pin(self, tokens: Tokens, *, paged: bool = False, lora: str = "", cache_salt: str = "") -> int:
-        """Forbid eviction of what is held of ``tokens`` until :meth:`unpin`; returns how many leading tokens."""
-        keys = self.prefix_keys(tokens, paged=paged, lora=lora, cache_salt=cache_salt)
-        return min(self._pins.pin(keys) * self.config.chunk_size, len(tokens))
+    def pin(self, tokens: Tokens, *, lora: str = "", cache_salt: str = "", paged: bool = False) -> int:
+        """Hold what there is of ``tokens`` against eviction until :meth:`unpin`; how many leading tokens that is."""
+        pinned = self.storage.pin(self.prefix_keys(tokens, lora=lora, cache_salt=cache_salt, paged=paged))
+        return self._num_tokens(pinned, tokens)
 
-    def unpin(self, tokens: Tokens, *, paged: bool = False, lora: str = "", cache_salt: str = "") -> None:
-        """Undo one :meth:`pin` of the same tokens."""
-        self._pins.unpin(self.prefix_keys(tokens, paged=paged, lora=lora, cache_salt=cache_salt))
+    def unpin(self, tokens: Tokens, *, lora: str = "", cache_salt: str = "", paged: bool = False) -> None:
+        """Undo one :meth:`pin` of the same tokens; without one, nothing happens."""
+        self.storage.unpin(self.prefix_keys(tokens, lora=lora, cache_salt=cache_salt, paged=paged))
 
     def clear(self) -> int:
-        """Forget every chunk that is neither pinned nor in use; returns how many went."""
+        """Forget everything that is not pinned, in every tier, also what is leased or on its way to a slower tier
+        (leases stay valid). Returns how many entries went, counting each tier's."""
         return self.storage.clear()
 
+    # The whole
+
     def stats(self) -> EngineStats:
-        counted = self.metrics.snapshot()
-        reused = {tier.name: f'lmcache_reused_tokens_total{{tier="{tier.name}"}}' for tier in self.storage.tiers}
+        tiers = self.storage.stats()
         return EngineStats(
-            requested_tokens=int(counted["lmcache_requested_tokens_total"]),
-            reused_tokens={name: int(counted.get(sample, 0)) for name, sample in reused.items()},
-            stored_tokens=int(counted["lmcache_stored_tokens_total"]),
-            tiers=self.storage.stats(),
+            requested_tokens=self._counted("requested_tokens"),
+            reused_tokens={name: self._counted("reused_tokens", tier=name) for name in tiers},
+            stored_tokens=self._counted("stored_tokens"),
+            tiers=tiers,
         )
 
     def take_events(self) -> list[CacheStoreEvent]:
-        """What was stored since the last call (only with ``enable_kv_events``)."""
+        """One for each chunk stored since the last call; none without ``enable_kv_events``."""
         return self._events.take()
 
     def close(self) -> None:
-        """Write what waits to be written, give everything back. Idempotent."""
-        self._pins.clear()
+        """Write what is on its way to slower tiers and give everything back; from now on all is a miss. Idempotent."""
         self.storage.close()
 
-    # Parts
+    # Parts of the above
 
-    def _connector(self) -> GPUConnectorInterface:
-        if self.gpu_connector is None:
-            raise ValueError("the paged path needs a gpu_connector; set one, or pass kv instead of slot_mapping")
-        return self.gpu_connector
-
-    @contextmanager
-    def _leased(
-        self, lease: PrefixLease | None, tokens: Tokens, paged: bool, lora: str, cache_salt: str
-    ) -> Iterator[PrefixLease]:
-        if lease is not None:
-            yield lease
-            return
-        with self.prefetch(tokens, paged=paged, lora=lora, cache_salt=cache_salt) as own:
-            yield own
-
-    def _ranges(self, num_tokens: int) -> list[tuple[int, int]]:
-        size = self.config.chunk_size
-        return [(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
-
-    def _usable(self, num_chunks: int, num_tokens: int) -> int:
-        """Tokens in ``num_chunks`` leading chunks, 0 when that is less than ``min_retrieve_tokens``."""
-        tokens = min(num_chunks * self.config.chunk_size, num_tokens)
-        return tokens if tokens >= self.config.min_retrieve_tokens else 0
-
-    def _found(self, chunks: Sequence[tuple[LeasedChunk, MemoryObj]], first: int, num_tokens: int) -> torch.Tensor:
-        """The mask of what ``chunks`` cover from ``first`` on; counts it as reused."""
-        found = torch.zeros(num_tokens, dtype=torch.bool)
-        for chunk, _ in chunks:
-            start = max(chunk.start, first)
-            found[start : chunk.end] = True
-            self.metrics.reused(chunk.tier, chunk.end - start)
-        return found
-
-    def _gather(
-        self, chunks: Sequence[tuple[LeasedChunk, MemoryObj]], first: int, layers: slice = slice(None)
-    ) -> torch.Tensor:
-        """One blob ``[L, planes, T', H, D]`` of the tokens from ``first`` to the end of ``chunks``."""
-        shape = list(chunks[0][1].tensor[layers].shape)
-        shape[2] = chunks[-1][0].end - first
-        blob = torch.empty(shape, dtype=self.metadata.kv_dtype)
-        for chunk, obj in chunks:
-            start = max(chunk.start, first)
-            blob[:, :, start - first : chunk.end - first] = obj.tensor[layers, :, start - chunk.start :]
-        return blob
-
-    def _spec(self, paged: bool, num_tokens: int) -> KVSpec:
-        if paged:
-            return self._connector().spec(num_tokens)
-        layers, planes, _, heads, dim = self.metadata.kv_shape
-        return KVSpec((layers, planes, num_tokens, heads, dim), self.metadata.kv_dtype, TOKEN_MAJOR, num_tokens)
-
-    def _prepare(
+    def _prompt(
         self,
         tokens: Tokens,
         mask: torch.Tensor | None,
+        keys: Sequence[PrefixKey] | None,
         paged: bool,
         lora: str,
         cache_salt: str,
-        keys: Sequence[PrefixKey] | None,
-    ) -> list[ChunkToFill]:
-        first = first_wanted(mask, len(tokens))
+    ) -> Prompt:
+        num_tokens, size = len(tokens), self.config.chunk_size
         if keys is None:
-            keys = self.prefix_keys(tokens, paged=paged, lora=lora, cache_salt=cache_salt)
-        ranges = self._ranges(len(tokens))
-        return self._filling.prepare(
-            (
-                (key, parent, start, end)
-                for key, parent, (start, end) in zip(keys, (None, *keys), ranges, strict=False)
-                if start >= first
-            ),
-            partial(self._spec, paged),
+            keys = self.prefix_keys(tokens, lora=lora, cache_salt=cache_salt, paged=paged)
+        elif len(keys) != (count := -(-num_tokens // size) if self.config.save_unfull_chunk else num_tokens // size):
+            raise ValueError(f"keys: expected {count} for {num_tokens} tokens in chunks of {size}, got {len(keys)}")
+        return Prompt(tokens, leading_false(mask, num_tokens), cut(num_tokens, keys, size), size)
+
+    @contextmanager
+    def _held(
+        self, lease: PrefixLease | None, tokens: Tokens, start: int, paged: bool, lora: str, cache_salt: str
+    ) -> Iterator[PrefixLease]:
+        """``lease``, or one of our own of the chunks from token ``start`` on."""
+        if lease is None:
+            prompt = self._prompt(tokens, None, None, paged, lora, cache_salt)
+            with self._lease(prompt.chunks[start // self.config.chunk_size :], start, len(prompt), paged) as own:
+                yield own
+        elif lease.layout != self._host(paged).layout:
+            raise ValueError(f"lease: is of layout {lease.layout!r}, expected {self._host(paged).layout!r}")
+        else:
+            yield lease
+
+    def _lease(self, chunks: Sequence[Chunk], start: int, num_tokens: int, paged: bool) -> PrefixLease:
+        self.metrics.requested(num_tokens - start)
+        return PrefixLease.take(
+            self.storage,
+            chunks,
+            self._host(paged).spec,
+            layout=self._host(paged).layout,
+            min_end=start + self.config.min_retrieve_tokens,
         )
 
-    def _publish(self, chunks: Sequence[ChunkToFill], tokens: Tokens) -> int:
-        kept = self._filling.publish(chunks)
-        stored = sum(chunk.end - chunk.start for chunk in kept)
-        self.metrics.stored(stored)
-        if self.config.enable_kv_events and kept:
-            ids = token_array(tokens)
-            for chunk in kept:
-                self._events.add(
-                    CacheStoreEvent(
-                        block_hashes=[chunk.key.digest],
-                        parent_block_hash=chunk.parent.digest if chunk.parent is not None else None,
-                        token_ids=ids[chunk.start : chunk.end].tolist(),
-                        lora_id=None,
-                        block_size=self.config.chunk_size,
-                        medium="cpu",
-                    )
-                )
-        return stored
+    def _copy(self, held: PrefixLease, target: Target, start: int, limit: int) -> int:
+        return copy_arriving(held, target, start, limit, self.config.max_disk_wait_seconds)
 
+    def _found(self, held: PrefixLease, start: int, end: int, num_tokens: int) -> torch.Tensor:
+        """Bool ``[T]``, True for the tokens ``[start, end)``, which are counted as reused."""
+        for tier, count in held.tokens_by_tier(start, end).items():
+            self.metrics.reused(tier, count)
+        found = torch.zeros(num_tokens, dtype=torch.bool)
+        found[start:end] = True
+        return found
 
-def _wanted_chunks(lease: PrefixLease, first: int, num_tokens: int) -> list[tuple[LeasedChunk, MemoryObj]]:
-    """The chunks of ``lease`` that hold tokens from ``first`` on, within ``num_tokens``."""
-    return [(chunk, obj) for chunk, obj in lease.arrived() if first < chunk.end <= num_tokens]
+    def _num_tokens(self, num_chunks: int, tokens: Tokens) -> int:
+        return min(num_chunks * self.config.chunk_size, len(tokens))
 
+    def _counted(self, name: str, **labels: str) -> int:
+        return int(self.metrics.registry.get_sample_value(f"lmcache_{name}_total", labels) or 0)
 
-def _objects_and_ranges(
-    chunks: Sequence[tuple[LeasedChunk, MemoryObj]],
-) -> tuple[list[MemoryObj], list[tuple[int, int]]]:
-    return [obj for _, obj in chunks], [(chunk.start, chunk.end) for chunk, _ in chunks]
+    def _connector(self) -> GPUConnectorInterface:
+        if self.gpu_connector is None:
+            raise ValueError("the paged path needs a connector to the engine's pages: call set_gpu_connector first")
+        return self.gpu_connector
+
+    def _pages(self, slot_mapping: torch.Tensor, num_tokens: int, start: int) -> PagedKV:
+        return PagedKV(self._connector(), slot_mapping, num_tokens, start)
+
+    def _host(self, paged: bool) -> HostLayout:
+        return self._connector() if paged else self._format

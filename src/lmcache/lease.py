@@ -1,100 +1,141 @@
-"""What a request may reuse, kept alive until it has been copied."""
+"""``PrefixLease``: the part of a prompt that a request may reuse, held until it is done with it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
+from typing import NamedTuple
 
-from lmcache.memory.memory_obj import MemoryObj
-
-
-@dataclass(frozen=True)
-class LeasedChunk:
-    """Tokens ``[start, end)`` of a prompt, on their way from ``tier`` into host memory."""
-
-    start: int
-    end: int
-    tier: str
-    future: Future[MemoryObj | None]
+from lmcache.memory.memory_obj import KVSpec, MemoryObj
+from lmcache.metadata import TOKEN_MAJOR
+from lmcache.prompt import Chunk
+from lmcache.storage.tiered import Found, TieredStorage
 
 
-def _give_back(done: Future[MemoryObj | None]) -> None:
-    if not done.cancelled() and (obj := done.result()) is not None:
-        obj.ref_down()
+class LeasedChunk(NamedTuple):
+    """A chunk that was found, and what it must look like when it arrives."""
+
+    chunk: Chunk
+    spec: KVSpec
+    found: Found
 
 
 class PrefixLease:
-    """References to the leading chunks of a prompt, some of which may still be read from slower tiers.
+    """Consecutive chunks, each either held in host memory or being read into it.
 
-    While reads are under way :attr:`num_tokens` is what was found in the indexes; once :meth:`ready`, it is what has
-    really arrived, up to the first chunk that could not be read. Thread-safe; a context manager that releases.
+    A promise that can only shrink: a chunk that cannot be read takes all behind it along. Thread-safe. Usable as a
+    context manager that releases it.
     """
 
-    def __init__(self, chunks: Sequence[LeasedChunk]) -> None:
-        self._chunks = list(chunks)
-        self._lock = threading.Lock()
+    def __init__(self, hits: Sequence[LeasedChunk], *, layout: str = TOKEN_MAJOR, min_end: int = 0) -> None:
+        """Takes over the references of ``hits``; see :meth:`take`.
+
+        Args:
+            layout: host layout of the chunks.
+            min_end: a lease that ends before this token counts as empty.
+        """
+        self.layout = layout
+        self._changed = threading.Condition()
+        self._min_end = min_end
+        self._released = False
+        self._chunks = [hit.chunk for hit in hits]
+        self._tiers = [hit.found.tier.name for hit in hits]
+        self._objs: list[MemoryObj | None] = [None] * len(hits)
+        self._promised = len(hits)
+        self._arrived = 0
+        for index, (_, spec, found) in enumerate(hits):
+            if found.read is None:
+                self._arrive(index, spec, found.obj)
+            else:
+                found.read.add_done_callback(partial(self._read_ended, index, spec))
+        with self._changed:
+            dropped = self._shrink(self._promised)
+        _give_back(dropped)
+
+    @classmethod
+    def take(
+        cls,
+        storage: TieredStorage,
+        chunks: Iterable[Chunk],
+        spec: Callable[[int], KVSpec],
+        *,
+        layout: str,
+        min_end: int = 0,
+    ) -> PrefixLease:
+        """Hold the leading hits among ``chunks`` and start the reads of those in slower tiers. Never blocks.
+
+        Args:
+            spec: what a chunk of so many tokens must look like; one that looks otherwise is a miss.
+        """
+        hits: list[LeasedChunk] = []
+        for chunk in chunks:
+            found = storage.acquire(chunk.key)
+            if found is None:
+                break
+            hits.append(LeasedChunk(chunk, spec(chunk.num_tokens), found))
+        return cls(hits, layout=layout, min_end=min_end)
 
     @property
     def num_tokens(self) -> int:
-        with self._lock:
-            self._drop_failed()
-            return self._chunks[-1].end if self._chunks else 0
+        """Tokens from the start of the prompt up to the end of the lease; final once :meth:`ready`."""
+        with self._changed:
+            return self._chunks[self._promised - 1].end if self._promised else 0
+
+    def tokens_by_tier(self, start: int = 0, end: int | None = None) -> dict[str, int]:
+        """The leased tokens within ``[start, end)`` by the tier they came from: ``{"memory": 512, "disk": 256}``."""
+        tokens: Counter[str] = Counter()
+        with self._changed:
+            for chunk, tier in zip(self._chunks[: self._promised], self._tiers, strict=False):
+                last = chunk.end if end is None else min(chunk.end, end)
+                tokens[tier] += max(0, last - max(chunk.start, start))
+        return {tier: count for tier, count in tokens.items() if count}
 
     def ready(self) -> bool:
-        """Whether every read has ended: :attr:`num_tokens` is final and every byte lies in host memory."""
-        with self._lock:
-            self._drop_failed()
-            return all(chunk.future.done() for chunk in self._chunks)
+        """Whether every byte of the lease is in host memory."""
+        with self._changed:
+            return self._is_ready()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until :meth:`ready`, at most ``timeout`` seconds."""
-        with self._lock:
-            futures = [chunk.future for chunk in self._chunks if not chunk.future.done()]
-        if futures:
-            wait(futures, timeout)
-        return self.ready()
+        """Wait until :meth:`ready`; False when ``timeout`` seconds were not enough."""
+        with self._changed:
+            return self._changed.wait_for(self._is_ready, timeout)
 
     def cut(self) -> None:
-        """Wait no longer: keep the leading chunks that have arrived."""
-        with self._lock:
-            self._drop_failed()
-            self._keep(lambda chunk: chunk.future.done())
+        """Be content with what has arrived: the lease is ready, and shorter if reads are still under way."""
+        with self._changed:
+            dropped = self._shrink(self._arrived)
+        _give_back(dropped)
 
-    def tokens_by_tier(self, first: int = 0) -> dict[str, int]:
-        """How many of the tokens from ``first`` on come from each tier, in the order in which they are met."""
-        tokens: dict[str, int] = {}
-        with self._lock:
-            self._drop_failed()
-            for chunk in self._chunks:
-                if chunk.end > first:
-                    tokens[chunk.tier] = tokens.get(chunk.tier, 0) + chunk.end - max(chunk.start, first)
-        return tokens
+    @contextmanager
+    def arrived(self, after: int, timeout: float | None = None) -> Iterator[list[tuple[Chunk, MemoryObj]]]:
+        """The chunks that have arrived beyond the first ``after``, held until the block is left.
 
-    def arrived(self) -> list[tuple[LeasedChunk, MemoryObj]]:
-        """The chunks in order with their bytes, waiting for reads under way. Valid until :meth:`release`."""
-        self.wait()
-        with self._lock:
-            return [(chunk, obj) for chunk in self._chunks if (obj := chunk.future.result()) is not None]
+        Waits for at least one, ``timeout`` seconds at most; empty when there are no more, or none in time.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived > after or self._is_ready(), timeout)
+            # References of our own: another thread may release the lease while the bytes are being copied.
+            held = (
+                [] if self._released else [obj.ref_up() for obj in self._objs[after : self._arrived] if obj is not None]
+            )
+            chunks = self._chunks[after : after + len(held)]
+        try:
+            yield list(zip(chunks, held, strict=True))
+        finally:
+            _give_back(held)
 
     def release(self) -> None:
-        """Give every reference back, those of reads still under way when they end. Idempotent."""
-        with self._lock:
-            self._keep(lambda chunk: False)
-
-    def _drop_failed(self) -> None:
-        self._keep(lambda chunk: not chunk.future.done() or chunk.future.result() is not None)
-
-    def _keep(self, wanted: Callable[[LeasedChunk], bool]) -> None:
-        """Shrink to the leading chunks that are ``wanted``."""
-        for index, chunk in enumerate(self._chunks):
-            if not wanted(chunk):
-                for dropped in self._chunks[index:]:
-                    dropped.future.add_done_callback(_give_back)
-                del self._chunks[index:]
-                return
+        """Give every reference back, those of reads still under way when they arrive. Idempotent, never blocks."""
+        with self._changed:
+            self._released = True
+            dropped, self._objs = self._objs, []
+            self._changed.notify_all()
+        _give_back(dropped)
 
     def __enter__(self) -> PrefixLease:
         return self
@@ -103,3 +144,44 @@ class PrefixLease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+    def __repr__(self) -> str:
+        state = "released" if self._released else "ready" if self.ready() else "reading"
+        return f"PrefixLease({self.num_tokens} tokens, {state})"
+
+    def _read_ended(self, index: int, spec: KVSpec, read: Future[MemoryObj | None]) -> None:
+        self._arrive(index, spec, read.result())
+
+    def _arrive(self, index: int, spec: KVSpec, obj: MemoryObj | None) -> None:
+        dropped: list[MemoryObj | None] = []
+        with self._changed:
+            if self._released or index >= self._promised:
+                dropped = [obj]
+            elif obj is None or obj.spec != spec:
+                dropped = [obj, *self._shrink(index)]
+            else:
+                self._objs[index] = obj
+                while self._arrived < self._promised and self._objs[self._arrived] is not None:
+                    self._arrived += 1
+                self._changed.notify_all()
+        _give_back(dropped)
+
+    def _is_ready(self) -> bool:
+        return self._released or self._arrived >= self._promised
+
+    def _shrink(self, promised: int) -> list[MemoryObj | None]:
+        """Promise no more than ``promised`` chunks; gives the objects that are not needed any more."""
+        if promised and self._chunks[promised - 1].end < self._min_end:
+            promised = 0
+        self._promised = promised
+        self._arrived = min(self._arrived, promised)
+        dropped = self._objs[promised:]
+        self._objs[promised:] = [None] * len(dropped)
+        self._changed.notify_all()
+        return dropped
+
+
+def _give_back(objs: Sequence[MemoryObj | None]) -> None:
+    for obj in objs:
+        if obj is not None:
+            obj.ref_down()

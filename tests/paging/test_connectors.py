@@ -136,6 +136,14 @@ def test_tokens_go_from_pages_to_other_pages(move: tuple) -> None:  # type: igno
     check_move(TokenConnector, move)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@given(moves(whole_pages=False))
+@settings(max_examples=100, deadline=None)
+def test_tokens_go_from_pages_to_other_pages_on_a_gpu(move: tuple) -> None:  # type: ignore[type-arg]
+    sizes, *rest = move
+    check_move(TokenConnector, (replace(sizes, device="cuda"), *rest))
+
+
 @given(moves(whole_pages=True))
 @settings(max_examples=250, deadline=None)
 def test_pages_go_to_other_pages(move: tuple) -> None:  # type: ignore[type-arg]

@@ -26,6 +26,7 @@ class Sizes:
     heads: int = 2
     dim: int = 8
     dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
 
     @property
     def num_slots(self) -> int:
@@ -73,7 +74,7 @@ def _vllm(
     heads: int | None = None,
 ) -> World:
     """``physical`` is the shape of all memory in order; ``to_logical`` gives the layers' tensors as registered."""
-    memory = random_bytes(physical, sizes.dtype)
+    memory = random_bytes(physical, sizes.dtype).to(sizes.device)
     tensors = to_logical(memory)
     hints = PageHints(sizes.block_size, heads or sizes.heads, sizes.dim, backend=backend, engine="test")
     layout = detect_layout({f"layers.{i}": tensor for i, tensor in enumerate(tensors)}, hints)
@@ -158,7 +159,7 @@ def plain(s: Sizes) -> World:
 
 
 def _pools(s: Sizes, planes: int, heads: int) -> World:
-    memory = [random_bytes((s.num_slots, heads, s.dim), s.dtype) for _ in range(planes * s.layers)]
+    memory = [random_bytes((s.num_slots, heads, s.dim), s.dtype).to(s.device) for _ in range(planes * s.layers)]
     hints = PageHints(s.block_size, heads, s.dim, engine="test")
     v_pools = memory[s.layers :] if planes == 2 else None
     layout = detect_pool_layout(memory[: s.layers], v_pools, hints)

@@ -45,7 +45,7 @@ def generate(llm: Any, prompts: list[Any], max_tokens: int = 16, params: dict[st
     from vllm import SamplingParams
 
     sampling = SamplingParams(
-        temperature=0, max_tokens=max_tokens, extra_args={"kv_transfer_params": params} if params else None
+        temperature=0, max_tokens=max_tokens, logprobs=2, extra_args={"kv_transfer_params": params} if params else None
     )
     inputs = [prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt} for prompt in prompts]
     outputs = llm.generate(inputs, sampling, use_tqdm=False)
@@ -53,6 +53,10 @@ def generate(llm: Any, prompts: list[Any], max_tokens: int = 16, params: dict[st
         {
             "tokens": list(output.outputs[0].token_ids),
             "text": output.outputs[0].text,
+            "best_two": [
+                sorted(((entry.logprob, token) for token, entry in position.items()), reverse=True)[:2]
+                for position in output.outputs[0].logprobs
+            ],
             "reuse": (output.kv_transfer_params or {}).get("lmcache", {}),
         }
         for output in outputs

@@ -25,17 +25,40 @@ def expected_reuse(length: int) -> int:
     return min(length // CHUNK * CHUNK, length - 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_text_with_reuse_equals_text_without(dtype: str, tmp_path: Path) -> None:
+def differences(expected: list[dict[str, Any]], got: list[dict[str, Any]], tie: float) -> list[str]:
+    """Prompts that are answered otherwise, but for those where the two best tokens are within ``tie`` of each other.
+
+    Reuse computes the rest of a prompt in a smaller batch, as vLLM's own prefix cache and chunked prefill do, and a
+    matrix product of another size may round otherwise: in bf16 that decides between tokens of equal merit.
+    """
+    wrong = []
+    for index, (plain, reused) in enumerate(zip(expected, got, strict=True)):
+        if plain["tokens"] == reused["tokens"]:
+            continue
+        place = next(i for i, (a, b) in enumerate(zip(plain["tokens"], reused["tokens"], strict=False)) if a != b)
+        (best, _), (second, token) = plain["best_two"][place]
+        if best - second > tie or token != reused["tokens"][place]:
+            wrong.append(f"prompt {index} at token {place}: {plain['text']!r} became {reused['text']!r}")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tie"),
+    [
+        ("float32", 0.0),
+        ("bfloat16", 0.25),  # two logits between 16 and 32, each one unit in the last place (0.125) off
+    ],
+)
+def test_text_with_reuse_equals_text_without(dtype: str, tie: float, tmp_path: Path) -> None:
     config = {"local_disk": str(tmp_path), "max_local_disk_size": 4.0, "max_local_cpu_size": 2.0}
     without = run("plain", lengths=LENGTHS, dtype=dtype)
     served = run("reuse", lengths=LENGTHS, dtype=dtype, config=config)
     restarted = run("from_disk", lengths=LENGTHS, dtype=dtype, config=config)
 
-    expected = tokens(without["answers"])
-    assert tokens(served["first"]) == expected
-    assert tokens(served["again"]) == expected
-    assert tokens(restarted["answers"]) == expected
+    expected = without["answers"]
+    assert tokens(served["first"]) == tokens(expected), "nothing is reused yet"
+    assert differences(expected, served["again"], tie) == []
+    assert tokens(restarted["answers"]) == tokens(served["again"]), "disk gives back what memory held"
 
     reuse = [expected_reuse(length) for length in LENGTHS]
     assert [answer["reuse"]["reused_tokens"] for answer in served["first"]] == [0] * len(LENGTHS)
@@ -49,7 +72,7 @@ def test_text_with_reuse_equals_text_without(dtype: str, tmp_path: Path) -> None
     # The negative control: noise in the cache changes the text, so equal text above is no accident.
     hit = [i for i in range(len(served["corrupted"])) if reuse[i]]
     assert hit
-    assert all(served["corrupted"][i]["tokens"] != expected[i] for i in hit)
+    assert all(differences([expected[i]], [served["corrupted"][i]], tie) for i in hit)
 
 
 def test_layerwise_loads_give_the_same_text(tmp_path: Path) -> None:

@@ -117,10 +117,12 @@ class SlabAllocator:
 
         Returns:
             Offsets of the neighbours that hold the fewest bytes; empty when there is room already; None when no
-            choice of removable objects makes room. O(live objects).
+            choice of removable objects makes room, or after :meth:`close`. O(live objects).
         """
         size = _granules(nbytes)
         with self._lock:
+            if self._closed:
+                return None
             pieces = [(start, _granules(obj.spec.nbytes)) for start, obj in sorted(self._live.items())]
             if all(slab.nbytes // GRANULE < size for slab in self._slabs):
                 return self._empty_slabs(size, pieces, removable)

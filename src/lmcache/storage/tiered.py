@@ -1,22 +1,41 @@
-"""All tiers as one: where a chunk is, how it gets up to host memory, how it goes down."""
+"""All tiers as one store: look-up across them, promotion into host memory, writes behind the caller's back."""
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
+from lmcache.observability.logging import init_logger, log_limited
 from lmcache.observability.metrics import Metrics
 from lmcache.storage.cpu import LocalCPUTier
 from lmcache.storage.interface import StorageTier, TierStats
 
+logger = init_logger(__name__)
+
+T = TypeVar("T")
+
+
+class Found(NamedTuple):
+    """A hit: the tier that has it, and the object with one reference for the caller, or the read that will give it."""
+
+    tier: StorageTier
+    obj: MemoryObj | None
+    read: Future[MemoryObj | None] | None
+
 
 class TieredStorage:
-    """Host memory first, then slower tiers in order.
+    """Host memory first, then slower tiers in the given order. Thread-safe; a fault of a tier is a miss, never raised.
 
-    Every chunk passes through host memory. With ``keep_in_memory`` off, it stays there only on its way.
+    What is put goes to memory at once and to every slower tier when that gets to it. What is read from a slower tier
+    stays in memory. With ``keep_in_memory=False`` host memory only stages what moves to and from the slower tiers.
     """
 
     def __init__(
@@ -28,84 +47,209 @@ class TieredStorage:
         metrics: Metrics | None = None,
     ) -> None:
         self.memory = memory
-        self.slower = tuple(slower)
+        self.metrics = metrics or Metrics()
+        self._slower = tuple(slower)
+        self._keeping: tuple[StorageTier, ...] = (memory, *self._slower) if keep_in_memory else self._slower
         self._keep_in_memory = keep_in_memory
-        self._metrics = metrics or Metrics()
+        self._lock = threading.Lock()
+        self._pins: defaultdict[CacheKey, list[list[tuple[StorageTier, CacheKey]]]] = defaultdict(list)
+        self._clears = 0
+        self._closed = False
+        self.metrics.watch_tiers(self.stats)
 
-    @property
-    def tiers(self) -> tuple[StorageTier, ...]:
-        return (self.memory, *self.slower)
+    # Looking
 
-    def allocate(self, spec: KVSpec) -> MemoryObj | None:
-        """Host memory for a chunk, with one reference; None when everything there is in use."""
-        return self.memory.allocate(spec)
+    def find(self, keys: Sequence[CacheKey]) -> list[StorageTier]:
+        """The fastest tier of each leading hit: as long as the run of ``keys`` from the first that are all there.
 
-    def put(self, key: CacheKey, obj: MemoryObj) -> bool:
-        """Keep ``obj``: in memory at once, in slower tiers behind the caller's back. Whether any tier took it."""
-        kept = self._keep_in_memory and self.memory.submit_put(key, obj)
-        for tier in self.slower:
-            if tier.submit_put(key, obj):
-                self._metrics.written(tier.name, obj.spec.nbytes)
-                kept = True
-            else:
-                self._metrics.dropped(tier.name)
-        return kept
+        Touches only indexes; about 0.1 µs a key.
+        """
+        if self._closed:
+            return []
+        probes = [(tier, tier.contains) for tier in self._keeping]
+        hits: list[StorageTier] = []
+        try:
+            for key in keys:
+                for tier, contains in probes:
+                    if contains(key):
+                        hits.append(tier)
+                        break
+                else:
+                    break
+        except Exception as error:
+            self._gave_up("lookup", error)
+        return hits
 
     def contains(self, key: CacheKey) -> bool:
-        return self._tier_of(key) is not None
+        return bool(self.find([key]))
 
-    def locate(self, keys: Iterable[CacheKey]) -> list[StorageTier]:
-        """The fastest tier that holds each of the leading keys, up to the first that none holds. Indexes only."""
-        found = []
-        in_memory = self.memory.contains
-        for key in keys:
-            tier = self.memory if in_memory(key) else self._tier_of(key)
-            if tier is None:
-                break
-            found.append(tier)
-        return found
+    # Getting
+
+    def acquire(self, key: CacheKey) -> Found | None:
+        """Hold ``key``: the object if it lies in memory, else a read that has been started. None for a miss."""
+        if self._keep_in_memory and (obj := self.memory.get(key)) is not None:
+            self.metrics.read(self.memory.name, obj.spec.nbytes)
+            return Found(self.memory, obj, None)
+        tier = next(iter(self.find([key])), None)
+        if tier is None:
+            return None
+        return Found(tier, None, self.fetch(key, tier))
 
     def fetch(self, key: CacheKey, tier: StorageTier) -> Future[MemoryObj | None]:
-        """Start bringing ``key`` into host memory. The future's object carries a reference for the caller."""
-        read = tier.submit_get(key)
-        if tier is self.memory:
-            return read
+        """Start reading ``key`` from ``tier``. What a slower tier gives is in memory when the future is done.
+
+        The future gives an object with one reference for the caller, or None for a miss. It never raises and cannot
+        be cancelled (the reference would be lost).
+        """
         promoted: Future[MemoryObj | None] = Future()
-        read.add_done_callback(lambda done: promoted.set_result(self._arrived(key, tier, done.result())))
+        promoted.set_running_or_notify_cancel()
+        with self._lock:
+            clears = self._clears
+        read = self._attempt(f"{tier.name}_read", lambda: tier.submit_get(key), None)
+        if read is None:
+            promoted.set_result(None)
+        else:
+            read.add_done_callback(partial(self._arrived, key, tier, clears, promoted))
         return promoted
 
-    def pin(self, key: CacheKey) -> StorageTier | None:
-        """Forbid eviction of ``key`` in the fastest tier that holds it; undo with that tier's ``unpin``."""
-        return next((tier for tier in self.tiers if tier.pin(key)), None)
+    def _arrived(
+        self,
+        key: CacheKey,
+        tier: StorageTier,
+        clears: int,
+        promoted: Future[MemoryObj | None],
+        read: Future[MemoryObj | None],
+    ) -> None:
+        obj = self._attempt(f"{tier.name}_read", read.result, None)
+        if obj is None:
+            promoted.set_result(None)
+            return
+        self.metrics.read(tier.name, obj.spec.nbytes)
+        if self._keep_in_memory:
+            with self._lock:
+                # A read that was under way during `clear` must not bring back what was forgotten.
+                if clears == self._clears and not self._closed:
+                    self._put_into(self.memory, key, obj)
+        promoted.set_result(obj)
+
+    # Putting
+
+    def allocate(self, spec: KVSpec) -> MemoryObj | None:
+        """A fresh object with one reference, its bytes undefined; None when everything is in use."""
+        return self._attempt("allocate", lambda: self.memory.allocate(spec), None)
+
+    def put(self, key: CacheKey, obj: MemoryObj) -> bool:
+        """Keep ``obj``, which came from :meth:`allocate`, in every tier that will have it; False when none will.
+
+        Never waits for a medium. The caller keeps its own reference.
+        """
+        if self._closed:
+            return False
+        kept = False
+        for tier in self._keeping:
+            if self._put_into(tier, key, obj):
+                kept = True
+                self.metrics.written(tier.name, obj.spec.nbytes)
+            else:
+                self.metrics.dropped(tier.name)
+        return kept
+
+    def renew(self, key: CacheKey) -> bool:
+        """Whether ``key`` is held anywhere. If memory has it, it counts as used in every tier, and a slower tier that
+        lost it or had no room for it when it was put gets it again."""
+        obj = self.memory.get(key) if self._keep_in_memory else None
+        if obj is None:
+            return self.contains(key)
+        with obj:
+            for tier in self._slower:
+                self._put_into(tier, key, obj)
+        return True
+
+    def _put_into(self, tier: StorageTier, key: CacheKey, obj: MemoryObj) -> bool:
+        return self._attempt(f"{tier.name}_put", lambda: tier.submit_put(key, obj), False)
+
+    # Keeping
+
+    def pin(self, keys: Sequence[CacheKey]) -> int:
+        """Hold the leading hits among ``keys`` against eviction, in every tier that has them, until
+        :meth:`unpin` with the same keys; how many these are."""
+        held: list[tuple[StorageTier, CacheKey]] = []
+        count = 0
+        for key in keys:
+            tiers = [tier for tier in self._keeping if self._attempt("pin", partial(tier.pin, key), False)]
+            if not tiers:
+                break
+            held.extend((tier, key) for tier in tiers)
+            count += 1
+        if held:
+            # The last key stands for the whole chain, so an unpin undoes just what its pin did.
+            with self._lock:
+                self._pins[keys[-1]].append(held)
+        return count
+
+    def unpin(self, keys: Sequence[CacheKey]) -> None:
+        """Undo one :meth:`pin` of the same keys; without one, nothing happens."""
+        if not keys:
+            return
+        with self._lock:
+            stack = self._pins.get(keys[-1])
+            held = stack.pop() if stack else []
+            if not stack:
+                self._pins.pop(keys[-1], None)
+        for tier, key in held:
+            self._attempt("unpin", partial(tier.unpin, key), None)
 
     def clear(self) -> int:
-        """Forget every entry that nobody uses, in every tier; how many chunks went."""
-        self.flush(10.0)
-        return max(tier.clear() for tier in self.tiers)
+        """Forget everything that is not pinned, in every tier, also what is being written, read or leased (whoever
+        holds an object keeps it); returns how many entries went, each tier's counted."""
+        with self._lock:
+            self._clears += 1
+        return sum(self._attempt("clear", partial(_clear, tier), 0) for tier in self._keeping)
+
+    # The whole
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until slower tiers have written what they accepted; False when ``timeout`` seconds were not enough."""
+        """Wait until every accepted put is done; False when ``timeout`` seconds were not enough."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        done = True
-        for tier in self.slower:
-            done &= tier.flush(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        return done
+        for tier in self._keeping:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not self._attempt("flush", partial(tier.flush, left), False):
+                return False
+        return True
 
     def stats(self) -> dict[str, TierStats]:
-        return {tier.name: tier.stats() for tier in self.tiers}
+        """What each tier counts, by its name, fastest first."""
+        return {tier.name: tier.stats() for tier in (self.memory, *self._slower)}
 
     def close(self) -> None:
-        """Slowest first: what waits to be written lies in host memory. Idempotent."""
-        for tier in reversed(self.tiers):
-            tier.close()
+        """Write what is queued, give everything back. Slow tiers first: they hold host memory. Idempotent."""
+        with self._lock:
+            self._closed = True
+            self._pins.clear()
+        for tier in (*reversed(self._slower), self.memory):
+            self._attempt(f"{tier.name}_close", tier.close, None)
 
-    def _tier_of(self, key: CacheKey) -> StorageTier | None:
-        return next((tier for tier in self.tiers if tier.contains(key)), None)
+    def _attempt(self, what: str, call: Callable[[], T], fallback: T) -> T:
+        try:
+            return call()
+        except Exception as error:
+            self._gave_up(what, error)
+            return fallback
 
-    def _arrived(self, key: CacheKey, tier: StorageTier, obj: MemoryObj | None) -> MemoryObj | None:
-        """Promote what was read. Runs before anybody else sees ``obj``, so its reference is still there."""
-        if obj is not None:
-            self._metrics.read(tier.name, obj.spec.nbytes)
-            if self._keep_in_memory:
-                self.memory.submit_put(key, obj)
-        return obj
+    def _gave_up(self, what: str, error: Exception) -> None:
+        self.metrics.failure(what)
+        log_limited(
+            logger,
+            logging.ERROR,
+            f"storage:{what}:{type(error).__name__}",
+            "storage: %s failed and counts as a miss: %r",
+            what,
+            error,
+            exc_info=error,
+        )
+
+
+def _clear(tier: StorageTier) -> int:
+    count = tier.clear()
+    # What `clear` spared is pinned, or in flight: being written, say, and that must not come back later.
+    return count + sum(tier.remove(key) for key in tier.keys())  # noqa: SIM118 - not a mapping

@@ -129,9 +129,9 @@ class SchedulerSide:
             return
         tracker.drop_lease()
         tokens = tracker.request.all_token_ids[:]
-        isolation = {"lora": tracker.lora, "cache_salt": tracker.cache_salt}
-        tracker.keys = self._engine.prefix_keys(tokens, paged=True, **isolation)
-        tracker.lease = self._engine.prefetch(tokens, keys=tracker.keys, paged=True, **isolation)
+        lora, salt = tracker.lora, tracker.cache_salt
+        tracker.keys = self._engine.prefix_keys(tokens, paged=True, lora=lora, cache_salt=salt)
+        tracker.lease = self._engine.prefetch(tokens, paged=True, lora=lora, cache_salt=salt, keys=tracker.keys)
         tracker.leased_for = num_tokens
 
     def _awaits_save(self, tracker: RequestTracker) -> bool:

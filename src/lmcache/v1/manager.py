@@ -1,0 +1,5 @@
+"""Public import path; see :mod:`lmcache.manager`."""
+
+from lmcache.manager import LMCacheManager
+
+__all__ = ["LMCacheManager"]
