@@ -78,6 +78,11 @@ def test_no_two_layouts_share_a_tag() -> None:
     assert len(set(tags)) == len(tags)
 
 
+def test_k_and_v_exchanged_is_another_tag() -> None:
+    layout = WORLDS["kv_second_nhd"](Sizes()).layout
+    assert layout.page_tag != replace(layout, planes=layout.planes[::-1]).page_tag
+
+
 @st.composite
 def moves(draw: st.DrawFn, whole_pages: bool) -> tuple[Sizes, str, int, torch.Tensor, torch.Tensor]:
     """Sizes, world, chunk size, and the slots of some tokens in one set of pages and in another."""

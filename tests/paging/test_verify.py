@@ -127,6 +127,18 @@ class TestPacking:
         with pytest.raises(UnknownLayoutError, match=r"the tokens of a block do not fill its page\..*K written"):
             verify_layout(world.layout, world.tensors, lambda layer, k, v, slots: write(layer, k, v, slots - 1))
 
+    def test_a_block_that_also_changes_another_page(self) -> None:
+        world = WORLDS["cpu_vec"](Sizes())
+        write = self.packing_writer(world)
+        pages = world.layout.page_view(world.tensors, 0)
+
+        def spills(layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+            write(layer, k, v, slots)
+            pages[3].fill_(float(k.flatten()[0]))
+
+        with pytest.raises(UnknownLayoutError, match="also change another page"):
+            verify_layout(world.layout, world.tensors, spills)
+
     def test_a_writer_that_does_nothing(self) -> None:
         world = WORLDS["cpu_vec"](Sizes())
         with pytest.raises(UnknownLayoutError, match="do not fill its page"):

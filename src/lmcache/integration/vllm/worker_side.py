@@ -19,7 +19,7 @@ from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.observability.events import CacheStoreEvent
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
-from lmcache.paging.detect import PageHints, UnknownLayoutError, detect_layout
+from lmcache.paging.detect import PageHints, detect_layout
 from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.paging.make_connector import make_connector
 from lmcache.paging.verify import verify_layout
@@ -52,11 +52,11 @@ class WorkerSide:
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn vLLM's page tensors, and prove on them that their layout is read right.
 
-        A layout that is not known, or not what it looks like, leaves the cache off, in words.
+        A layout that is not known, not what it looks like, or at odds with ``chunk_size`` leaves the cache off, in words.
         """
         try:
             self._engine.set_gpu_connector(self._connect(kv_caches))
-        except UnknownLayoutError as error:
+        except ValueError as error:
             self.metrics.failure("unknown_layout")
             logger.error("The KV cache stays off: %s", error)
         except Exception as error:
