@@ -52,7 +52,7 @@ class WorkerSide:
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn vLLM's page tensors, and prove on them that their layout is read right.
 
-        A layout that is not known, not what it looks like, or at odds with ``chunk_size`` leaves the cache off, in words.
+        One that is not known, not what it looks like, or at odds with ``chunk_size`` leaves the cache off, in words.
         """
         try:
             self._engine.set_gpu_connector(self._connect(kv_caches))
