@@ -38,6 +38,9 @@ test-vllm: setup ## the tests on a real vLLM
 demo: setup ## a conversation with a real vLLM server: cold, from memory, from disk after a restart
 	$(BIN)/python -m demo --model $(MODEL)
 
+bench: setup ## measure, and write the figures and plots of docs/benchmarks.md
+	$(BIN)/python benchmarks/write_docs.py
+
 check: setup ## style, types, and the dependency order
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -9,13 +9,14 @@ from pathlib import Path
 
 
 def describe_machine() -> str:
-    """One line: processor, memory, versions."""
+    """One line: processor, memory, versions, and how busy it is with other things (ask before measuring)."""
     return ", ".join(
         (
             f"{_cpu_model()}, {os.cpu_count()} CPUs",
             f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
             f"{platform.system()} {platform.release()}",
             f"Python {platform.python_version()}",
+            f"load {os.getloadavg()[0]:.1f}",
         )
     )
 

@@ -22,6 +22,7 @@ def measure(subjects: Sequence[str], settings: Settings, progress: Callable[[str
     """
     rows: list[Row] = []
     notes = []
+    machine = describe_machine()
     start = time.monotonic()
     for subject in subjects:
         progress(subject)
@@ -29,4 +30,4 @@ def measure(subjects: Sequence[str], settings: Settings, progress: Callable[[str
             rows += getattr(import_module(f"lmcache.bench.{subject}"), f"measure_{subject}")(settings)
         except CannotMeasureError as error:
             notes.append(f"{subject}: {error}")
-    return Report(describe_machine(), round(time.monotonic() - start, 1), rows, notes)
+    return Report(machine, round(time.monotonic() - start, 1), rows, notes)

@@ -50,7 +50,7 @@ def bench(
     from rich.console import Console
 
     # In a pipe there is no width to fit into, and folded lines would be hard to search.
-    Console(width=None if sys.stdout.isatty() else 200).print(rich_table(report))
+    Console(width=None if sys.stdout.isatty() else 220).print(rich_table(report))
     for note in report.notes:
         typer.echo(f"not measured: {note}", err=True)
     if json_file is not None:
