@@ -326,6 +326,19 @@ def raising_calls(connector: str, config: dict[str, Any]) -> dict[str, Any]:
     return {"expected": expected, "answers": answers, "leaks": leaks}
 
 
+def continued(config: dict[str, Any], length: int, max_tokens: int) -> dict[str, Any]:
+    """A prompt, and one that goes on behind its answer: with the generated tokens kept, and computed by plain vLLM."""
+    llm = start_llm("built-in", config)
+    (prompt,) = prose_prompts(llm, [length])
+    (first,) = generate(llm, [prompt], max_tokens)
+    longer = prompt + first["tokens"] + llm.get_tokenizer().encode(" Thank you. And the shelf before it?")
+    (plain,) = generate(llm, [longer], params={"lmcache.skip_load": True, "lmcache.skip_save": True})
+    (reused,) = generate(llm, [longer])
+    leaks = leaked_references()
+    shut_down(llm)
+    return {"known": length + len(first["tokens"]), "plain": plain, "reused": reused, "leaks": leaks}
+
+
 def observability(connector: str) -> dict[str, Any]:
     """The KV events that vLLM publishes, and our counters among vLLM's own metrics."""
     llm = start_llm(connector, {"enable_kv_events": True}, disable_log_stats=False)

@@ -91,3 +91,14 @@ def test_unfull_chunks_and_generated_tokens_can_be_kept() -> None:
     served = run("reuse", lengths=[300, 700], dtype="float32", config=config)
     assert tokens(served["again"]) == tokens(without["answers"])
     assert [answer["reuse"]["reused_tokens"] for answer in served["again"]] == [299, 699]
+
+
+def test_a_conversation_reuses_its_own_answers() -> None:
+    """The tail of the prompt was kept first, as a chunk that was not full, and is then part of one that is."""
+    config = {"chunk_size": 8, "save_unfull_chunk": True, "save_decode_cache": True}
+    answers = run("continued", config=config, length=301, max_tokens=16)
+    assert answers["known"] > 304 + 8, "the answer must fill a chunk for this test to tell"
+    # The last token was generated but never fed back, so it has no KV.
+    assert answers["reused"]["reuse"]["reused_tokens"] == (answers["known"] - 1) // 8 * 8
+    assert answers["reused"]["tokens"] == answers["plain"]["tokens"]
+    assert answers["leaks"] == []

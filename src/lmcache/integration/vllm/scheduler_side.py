@@ -208,7 +208,8 @@ class SchedulerSide:
         elif num_chunks <= tracker.saved_chunks:
             return
         tokens = request.all_token_ids[:end]
-        if len(tracker.keys) < num_chunks or end % chunk_size:
+        if len(tracker.keys) < num_chunks or self._config.save_unfull_chunk:
+            # The last of the keys so far may be that of a chunk which was not full then.
             tracker.keys = self._engine.prefix_keys(
                 tokens, paged=True, lora=tracker.lora, cache_salt=tracker.cache_salt
             )
