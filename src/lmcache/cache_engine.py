@@ -143,11 +143,13 @@ class LMCacheEngine:
     def retrieve(
         self, tokens: Tokens, mask: torch.Tensor | None = ..., return_tuple: Literal[True] = ..., *,
         slot_mapping: None = ..., lora: str = ..., cache_salt: str = ..., lease: PrefixLease | None = ...,
+        out: torch.Tensor | None = ...,
     ) -> tuple[tuple[LayerKV, ...], torch.Tensor]: ...  # fmt: skip
     @overload
     def retrieve(
         self, tokens: Tokens, mask: torch.Tensor | None = ..., return_tuple: bool = ..., *,
         slot_mapping: None = ..., lora: str = ..., cache_salt: str = ..., lease: PrefixLease | None = ...,
+        out: torch.Tensor | None = ...,
     ) -> tuple[torch.Tensor | tuple[LayerKV, ...], torch.Tensor]: ...  # fmt: skip
     @overload
     def retrieve(
@@ -164,6 +166,7 @@ class LMCacheEngine:
         lora: str = "",
         cache_salt: str = "",
         lease: PrefixLease | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | tuple[LayerKV, ...], torch.Tensor] | torch.Tensor:
         """Get the KV of the tokens that follow those left out by ``mask``, as far as it is held.
 
@@ -172,10 +175,13 @@ class LMCacheEngine:
         Args:
             lease: of :meth:`prefetch` for these tokens, or for more of the same prompt; stays the caller's. Without
                 one, one is taken and given back. ``min_retrieve_tokens`` was applied when it was taken.
+            out: tensor path only: a blob of as many tokens as are wanted, or more, to write into. Memory that was in
+                use before is filled several times faster than what the system must clear first.
 
         Returns:
             Tensor path: ``(kv, found)``. ``found`` is bool ``[T]``, on the CPU. ``kv`` are the found tokens, in memory
-            of its own: (k, v) per layer with ``return_tuple``, else a blob; ``()`` when there are none.
+            of their own or at the beginning of ``out``: (k, v) per layer with ``return_tuple``, else a blob; ``()``
+            when there are none.
             Paged path: ``found`` alone; the pages of the found tokens are written.
         """
         start = leading_false(mask, len(tokens))
@@ -185,9 +191,11 @@ class LMCacheEngine:
         ):
             limit = min(held.num_tokens, len(tokens))
             if slot_mapping is not None:
+                if out is not None:
+                    raise ValueError("out is for the tensor path; with slot_mapping the KV goes into the pages")
                 pages = self._pages(slot_mapping, len(tokens), start)
                 return self._found(held, start, self._copy(held, pages, start, limit), len(tokens))
-            target = TensorTarget(self._format, start, max(start, limit))
+            target = TensorTarget(self._format, start, max(start, limit), out)
             end = self._copy(held, target, start, limit)
             found = self._found(held, start, end, len(tokens))
             if end == start:

@@ -199,13 +199,28 @@ class SentLayers:
 
 
 class TensorTarget:
-    """A fresh blob on the CPU for the tokens ``[start, end)``."""
+    """A blob on the CPU for the tokens ``[start, end)``: a fresh one, or the beginning of the caller's."""
 
-    def __init__(self, fmt: TensorFormat, start: int, end: int) -> None:
+    def __init__(self, fmt: TensorFormat, start: int, end: int, out: torch.Tensor | None = None) -> None:
+        """Args:
+        out: a blob of at least ``end - start`` tokens, in the same format.
+
+        Raises:
+            ValueError: ``out`` is of another shape or dtype, or too short.
+        """
         self._fmt = fmt
         self._start = start
         self._end = end
-        self._blob = torch.empty(fmt.blob_shape(end - start), dtype=fmt.dtype)
+        shape = fmt.blob_shape(end - start)
+        if out is None:
+            out = torch.empty(shape, dtype=fmt.dtype)
+        self._token_dim = 3 if fmt.heads_first else 2
+        room = out.shape[self._token_dim] if out.dim() == len(shape) else 0
+        if out.dtype != fmt.dtype or room < end - start or tuple(out.shape) != tuple(fmt.blob_shape(room)):
+            raise ValueError(
+                f"out: expected {fmt.dtype} {list(shape)} or more tokens, got {out.dtype} {list(out.shape)}"
+            )
+        self._blob = out.narrow(self._token_dim, 0, end - start)
         self._view = fmt.token_major(self._blob)  # [L, planes, T', H, D]
 
     def scatter(self, parts: Parts) -> None:
@@ -223,7 +238,7 @@ class TensorTarget:
 
     def blob(self, end: int) -> torch.Tensor:
         """What was retrieved, up to token ``end``; a view."""
-        return self._blob.narrow(3 if self._fmt.heads_first else 2, 0, end - self._start)
+        return self._blob.narrow(self._token_dim, 0, end - self._start)
 
     def layer(self, layer: int) -> LayerKV:
         return self._blob[layer].unbind(0)

@@ -319,3 +319,23 @@ def test_a_chunk_of_another_shape_is_a_miss():
     assert kv == ()
     assert not found.any()
     engine.close()
+
+
+@pytest.mark.parametrize("fmt", ["vllm", "huggingface"])
+def test_retrieving_into_memory_of_the_caller(fmt):
+    engine = make_engine(metadata=make_metadata(fmt=fmt))
+    tokens = tokens_of(3 * CHUNK + 5)
+    blob = kv_of(tokens)
+    given = blob.transpose(2, 3).contiguous() if fmt == "huggingface" else blob
+    engine.store(tokens, given)
+    out = torch.full_like(given, -1.0)
+    kv, found = engine.retrieve(tokens, leading(len(tokens), len(tokens), start=CHUNK), return_tuple=False, out=out)
+    dim = 3 if fmt == "huggingface" else 2
+    assert int(found.sum()) == 2 * CHUNK
+    assert kv.data_ptr() == out.data_ptr()
+    assert torch.equal(kv, given.narrow(dim, CHUNK, 2 * CHUNK))
+    assert bool((out.narrow(dim, 2 * CHUNK, CHUNK + 5) == -1).all()), "the rest of it is left alone"
+    for wrong in (out.narrow(dim, 0, CHUNK), out.double(), out[:1], out[0]):
+        with pytest.raises(ValueError, match="out: expected"):
+            engine.retrieve(tokens, return_tuple=False, out=wrong)
+    engine.close()

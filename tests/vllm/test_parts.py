@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lmcache.integration.vllm.layerwise import LayerwiseLoads
 from lmcache.integration.vllm.model_identity import fingerprint
 from lmcache.integration.vllm.pending_saves import PendingSaves
 from lmcache.integration.vllm.prometheus import LMCacheStats
+from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.keys import Namespace, PrefixKey, prefix_keys
 from lmcache.lease import PrefixLease
 from lmcache.observability.metrics import Metrics
@@ -156,3 +158,23 @@ def test_an_exception_becomes_the_fallback_and_a_count() -> None:
 
     assert Side().call() == 7
     assert Side.metrics.snapshot()['lmcache_failures_total{reason="call"}'] == 1
+
+
+def _leave_an_engine_open(closed: str) -> None:
+    class Open:
+        def close(self) -> None:
+            Path(closed).touch()
+
+    SharedEngine._close_at_exit()
+    SharedEngine._live["engine"] = Open()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_leaving_engine_process_closes_what_is_open(start: str, tmp_path: Path) -> None:
+    """vLLM's engine core is a child of multiprocessing, where `atexit` does not run."""
+    closed = tmp_path / "closed"
+    process = multiprocessing.get_context(start).Process(target=_leave_an_engine_open, args=(str(closed),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert closed.exists()

@@ -27,7 +27,8 @@ class Slab:
         """
         self.base = base
         self.nbytes = nbytes
-        pages = mmap.mmap(-1, nbytes)
+        # Python's default is a shared mapping, for which the kernel gives no huge pages.
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 pages.madvise(mmap.MADV_HUGEPAGE)

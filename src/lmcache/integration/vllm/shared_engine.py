@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, ClassVar
 
 from lmcache.cache_engine import LMCacheEngine
@@ -76,6 +76,8 @@ class SharedEngine:
         name = str(transfer.engine_id)
         with cls._lock:
             if name not in cls._live:
+                if not cls._live:
+                    cls._close_at_exit()
                 config = LMCacheEngineConfig.load(engine_overrides=transfer.kv_connector_extra_config)
                 cls._live[name] = cls(LMCacheManager(config, engine_metadata(vllm_config, config.chunk_size)))
             shared = cls._live[name]
@@ -104,6 +106,14 @@ class SharedEngine:
         self.manager.close()
 
     @classmethod
+    def _close_at_exit(cls) -> None:
+        """Write what is still queued for the disk: vLLM's built-in wrapper passes no shutdown on.
+
+        vLLM's engine process is a child of multiprocessing, which leaves without `atexit` but runs these.
+        """
+        Finalize(None, cls.close_all, exitpriority=0)
+
+    @classmethod
     def close_all(cls) -> None:
         with cls._lock:
             live, cls._live = list(cls._live.values()), {}
@@ -121,7 +131,7 @@ def _refuse_split_roles(vllm_config: VllmConfig) -> None:
     if parallel.distributed_executor_backend not in (None, "uni"):
         raise UnsupportedSetupError(
             f"--distributed-executor-backend {parallel.distributed_executor_backend}: only 'uni' is supported so far, "
-            "because scheduler and worker must share one process"
+            "because scheduler and worker must share one process (on a CPU set VLLM_ENABLE_V1_MULTIPROCESSING=0)"
         )
 
 
@@ -132,7 +142,3 @@ def _refuse_partial_kv(kv_cache_config: KVCacheConfig) -> None:
         raise UnsupportedSetupError(
             f"the model's KV cache groups are {kinds}: only one group of full attention (or MLA) is supported so far"
         )
-
-
-# vLLM's built-in wrapper passes no shutdown on; what is still queued for the disk is written here.
-atexit.register(SharedEngine.close_all)
