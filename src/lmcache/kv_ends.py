@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.metadata import TOKEN_MAJOR, LMCacheEngineMetadata
+from lmcache.paging.elements import same_size_word
 from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.prompt import Chunk
 
@@ -32,6 +34,18 @@ class HostLayout(Protocol):
     def num_layers(self) -> int: ...
 
     def spec(self, num_tokens: int) -> KVSpec: ...
+
+
+def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
+    """``target.copy_(source)`` for equal shapes and dtypes, byte for byte.
+
+    On one thread numpy copies runs of many kilobytes a tenth faster than torch.
+    """
+    if source.device.type != "cpu" or torch.get_num_threads() > 1:
+        target.copy_(source)
+        return
+    word = same_size_word(source.dtype)
+    np.copyto(target.view(word).numpy(), source.detach().view(word).numpy())
 
 
 class Source(Protocol):
@@ -175,7 +189,7 @@ class TensorSource:
         for chunk, obj in parts:
             target = obj.tensor
             if self._blob is not None:
-                target.copy_(self._blob[:, :, chunk.start : chunk.end])
+                copy_bytes(target, self._blob[:, :, chunk.start : chunk.end])
                 continue
             for layer, planes in zip(target, self._layers, strict=True):
                 for plane, source in zip(layer, planes, strict=True):
@@ -234,7 +248,7 @@ class TensorTarget:
     def _copy(self, chunk: Chunk, source: torch.Tensor, target: torch.Tensor) -> None:
         start, end = max(chunk.start, self._start), min(chunk.end, self._end)
         wanted = source[:, :, start - chunk.start : end - chunk.start]
-        target[:, :, start - self._start : end - self._start].copy_(wanted)
+        copy_bytes(target[:, :, start - self._start : end - self._start], wanted)
 
     def blob(self, end: int) -> torch.Tensor:
         """What was retrieved, up to token ``end``; a view."""
