@@ -339,6 +339,23 @@ def continued(config: dict[str, Any], length: int, max_tokens: int) -> dict[str,
     return {"known": length + len(first["tokens"]), "plain": plain, "reused": reused, "leaks": leaks}
 
 
+def failed_load() -> dict[str, Any]:
+    """A load fails under a prompt whose rest fills further chunks: what that forward computed must not be kept."""
+    llm = start_llm("built-in", {"chunk_size": 128})
+    short, long = prose_prompts(llm, [500, 900])
+    long = short[:450] + long[450:]
+    generate(llm, [short])
+    (shared,) = shared_engines()
+    shared.saves.wait()
+    with patch.object(type(shared.engine), "retrieve", side_effect=OSError("injected")):
+        hurt = generate(llm, [long])
+        shared.saves.wait()
+    again = generate(llm, [long])
+    plain = generate(llm, [long], params={"lmcache.skip_load": True, "lmcache.skip_save": True})
+    shut_down(llm)
+    return {"hurt": hurt, "again": again, "plain": plain}
+
+
 def observability(connector: str) -> dict[str, Any]:
     """The KV events that vLLM publishes, and our counters among vLLM's own metrics."""
     llm = start_llm(connector, {"enable_kv_events": True}, disable_log_stats=False)

@@ -62,3 +62,12 @@ def test_an_exception_of_ours_never_reaches_vllm(connector: str, layerwise: bool
         assert answer[0]["tokens"] == text, call
     assert served["answers"]["healed"][0]["reuse"]["reused_tokens"] == 512
     assert served["leaks"] == []
+
+
+def test_what_was_computed_behind_a_failed_load_is_not_kept() -> None:
+    """Invariant 3: the forward of that step ran on pages that were not filled."""
+    served = run("failed_load")
+    text = served["plain"][0]["tokens"]
+    assert served["hurt"][0]["tokens"] == text
+    assert served["again"][0]["tokens"] == text
+    assert served["again"][0]["reuse"]["reused_tokens"] == 384

@@ -115,7 +115,12 @@ class WorkerSide:
         if meta is None or not meta.saves:
             return
         written = self._queued_work()
+        with self._lock:
+            failed_blocks = set(self._failed_blocks)
         for save in meta.saves:
+            # Behind a failed load this forward computed on pages that were not filled; vLLM does it again.
+            if save.req_id in self._shared.failed_loads or not failed_blocks.isdisjoint(save.block_ids):
+                continue
             self._shared.saves.submit(save.req_id, save.keys, partial(self._save, save, written))
 
     def get_finished(self) -> tuple[set[str] | None, set[str] | None]:
