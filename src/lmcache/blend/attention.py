@@ -1,0 +1,155 @@
+"""Attention of scattered queries over the whole KV of a prompt, and the attention that each key receives.
+
+A query at position p sees key j exactly when ``j <= p`` (and ``j > p - window``). The usual bottom-right causal mask
+would show scattered rows keys of their future.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# Rows a tile: keys beyond a tile's last query are not read, so smaller tiles waste less; at 64 the matrix products are
+# still as fast as at 256 (measured on one CPU core).
+_TILE = 64
+# Masks are kept for the layers to come up to this many elements, and made again for every layer beyond it.
+_MAX_KEPT_MASK = 2**25
+
+
+@dataclass(frozen=True)
+class QueryTile:
+    """Query rows ``[start, end)`` and the keys ``[key_start, key_end)`` that any of them sees."""
+
+    start: int
+    end: int
+    key_start: int
+    key_end: int
+
+
+class QueryMask:
+    """Which keys of a prompt its queries see, cut into tiles.
+
+    Args:
+        positions: int64 ``[n]``, ascending: where the queries stand.
+        sliding_window: as in :class:`lmcache.blend.host.Attend`.
+        known: bool ``[num_keys]``: keys that may be seen at all; None: every one.
+    """
+
+    def __init__(
+        self, positions: torch.Tensor, sliding_window: int | None = None, known: torch.Tensor | None = None
+    ) -> None:
+        self._positions = positions
+        self._window = sliding_window
+        self._known = known
+        self._kept: dict[QueryTile, torch.Tensor] = {}
+        at = positions.tolist()
+        self.tiles = []
+        for start in range(0, len(at), _TILE):
+            end = min(start + _TILE, len(at))
+            first = 0 if sliding_window is None else max(0, at[start] - sliding_window + 1)
+            self.tiles.append(QueryTile(start, end, first, at[end - 1] + 1))
+        elements = sum((tile.end - tile.start) * (tile.key_end - tile.key_start) for tile in self.tiles)
+        self._keep = elements <= _MAX_KEPT_MASK
+
+    def bias(self, tile: QueryTile, dtype: torch.dtype) -> torch.Tensor:
+        """``[queries, keys]`` of a tile: 0 where seen, −inf where not."""
+        bias = self._kept.get(tile)
+        if bias is None:
+            queries = self._positions[tile.start : tile.end, None]
+            keys = torch.arange(tile.key_start, tile.key_end, device=queries.device)
+            hidden = keys > queries
+            if self._window is not None:
+                hidden |= keys <= queries - self._window
+            if self._known is not None:
+                hidden |= ~self._known[tile.key_start : tile.key_end]
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
+            if self._keep:
+                self._kept[tile] = bias
+        return bias
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: QueryMask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of ``q`` ``[n, query_heads, dim]`` over ``k`` ``[num_keys, kv_heads, dim]`` and ``v``.
+
+    ``query_heads`` is a multiple of ``kv_heads`` (grouped queries). ``softcap`` and ``sinks`` as in
+    :class:`lmcache.blend.host.Attend`.
+
+    Returns:
+        ``[n, query_heads, value_dim]`` in the dtype of ``q``.
+    """
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    for tile in mask.tiles:
+        rows, keys = slice(tile.start, tile.end), slice(tile.key_start, tile.key_end)
+        if softcap is None and sinks is None:
+            heads_first = F.scaled_dot_product_attention(
+                q[rows].transpose(0, 1)[None],
+                k[keys].transpose(0, 1)[None],
+                v[keys].transpose(0, 1)[None],
+                attn_mask=mask.bias(tile, q.dtype),
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )[0]
+        else:
+            weights = _weights(q[rows], k[keys], mask.bias(tile, torch.float32), scale, softcap, sinks)
+            grouped = _by_kv_head(weights.to(v.dtype), v.shape[1])
+            heads_first = (grouped @ v[keys].transpose(0, 1)[:, None]).flatten(0, 1)
+        out[rows] = heads_first.transpose(0, 1)
+    return out
+
+
+def attention_received(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: QueryMask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention that each key gets, averaged over the queries: float32 ``[query_heads, num_keys]``.
+
+    Arguments as in :func:`sparse_attention`.
+    """
+    received = torch.zeros(q.shape[1], len(k), dtype=torch.float32, device=k.device)
+    for tile in mask.tiles:
+        keys = slice(tile.key_start, tile.key_end)
+        weights = _weights(q[tile.start : tile.end], k[keys], mask.bias(tile, torch.float32), scale, softcap, sinks)
+        received[:, keys] += weights.sum(1)
+    return received / len(q)
+
+
+def _weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bias: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Softmax weights, float32 ``[query_heads, queries, keys]``."""
+    grouped = _by_kv_head(q.transpose(0, 1), k.shape[1])
+    scores: torch.Tensor = (grouped @ k.permute(1, 2, 0)[:, None]).flatten(0, 1).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores += bias
+    if sinks is None:
+        return scores.softmax(-1)
+    with_sink = torch.cat([scores, sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)], -1)
+    return with_sink.softmax(-1)[..., :-1]
+
+
+def _by_kv_head(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """``[query_heads, …]`` as ``[kv_heads, group, …]``."""
+    return x.reshape(kv_heads, -1, *x.shape[1:])

@@ -1,0 +1,177 @@
+"""The blend of a batch of prompts, written once for every host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import torch
+
+from lmcache.blend.batch import BlendBatch, BlendPrompt
+from lmcache.blend.correctors.interface import Corrector
+from lmcache.blend.forwards import MeasureDeviation, Recompute, ScoreAttention
+from lmcache.blend.host import BlendHost
+from lmcache.blend.layer_kv import BatchKV, PromptLoadError
+from lmcache.blend.plan import BlendPlan
+from lmcache.blend.policies.interface import SelectionPolicy
+from lmcache.blend.rope import FusedRope
+from lmcache.blend.selection import DeviationTensor, HeadReduction, SelectionContext
+
+Output = TypeVar("Output")
+
+# New rows that the scoring forward computes, a prompt: enough for any question, and for the start of the prompt, which
+# draws much attention whatever it holds. More would cost more than what the scores are good for.
+_MAX_SCORING_ROWS = 512
+_SCORING_HEAD_ROWS = 64
+
+
+@dataclass(frozen=True)
+class BlendResult(Generic[Output]):
+    """``keys[l]`` and ``values[l]`` are ``[N, kv_heads, dim]``: the whole batch, its prompts one after the other.
+
+    One a prompt: ``plans`` say what was done; ``charged_budgets`` give the share of (reused token, layer) pairs whose
+    QKV was computed afresh; ``fallbacks`` say why a prompt was computed whole, None where it was blended.
+
+    ``seconds`` by phase, of the host's clock: "plan" (masks, and turning scores into rows), "probe" (forwards that a
+    policy looked at), "load" (waiting for KV and re-rotating it), "correct", "recompute".
+    """
+
+    output: Output
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    plans: tuple[BlendPlan, ...]
+    charged_budgets: tuple[float, ...]
+    fallbacks: tuple[str | None, ...]
+    seconds: dict[str, float]
+
+
+def blend(
+    host: BlendHost[Output],
+    prompts: Sequence[BlendPrompt],
+    ropes: Sequence[FusedRope | None],
+    policy: SelectionPolicy,
+    corrector: Corrector,
+    *,
+    seed: int = 0,
+) -> BlendResult[Output]:
+    """Blend a batch of prompts in one pass.
+
+    A prompt of which a passage fails to load is computed whole: nothing of what was half-written for it is used. The
+    other prompts of the batch are blended.
+
+    Args:
+        ropes: one a layer, None for a layer that does not rotate its keys.
+        seed: for policies that draw lots.
+    """
+    if len(ropes) != host.num_layers:
+        raise ValueError(f"ropes: expected one for each of {host.num_layers} layers, got {len(ropes)}")
+    fallbacks: list[str | None] = [None] * len(prompts)
+    attempt = list(prompts)
+    while True:
+        try:
+            return _Blend(host, BlendBatch(attempt), ropes, policy, corrector, seed).run(tuple(fallbacks))
+        except PromptLoadError as error:  # noqa: PERF203 - at most once a prompt
+            failed = attempt[error.prompt]
+            whole = BlendPlan(failed.plan.num_tokens, suffix_tokens=failed.plan.suffix_tokens)
+            attempt[error.prompt] = replace(failed, plan=whole, sources=())
+            fallbacks[error.prompt] = str(error)
+
+
+class _Blend(Generic[Output]):
+    """One attempt at a batch. Also the probe through which the policy looks."""
+
+    def __init__(
+        self,
+        host: BlendHost[Output],
+        batch: BlendBatch,
+        ropes: Sequence[FusedRope | None],
+        policy: SelectionPolicy,
+        corrector: Corrector,
+        seed: int,
+    ) -> None:
+        self._host = host
+        self._batch = batch
+        self._kv = BatchKV(batch, ropes, corrector)
+        self._policy = policy
+        self._seed = seed
+        self._probing = 0.0
+
+    def run(self, fallbacks: tuple[str | None, ...]) -> BlendResult[Output]:
+        start = time.perf_counter()
+        computed = self._select()
+        plans = tuple(
+            plan.select(computed[begin:end], self._policy.name)
+            for plan, (begin, end) in zip(self._batch.plans, self._batch.prompts, strict=True)
+        )
+        planned = time.perf_counter()
+        before = self._moving()
+        output = Recompute(self._batch, self._kv, computed).run(self._host)
+        assert output is not None, "the host stopped a forward that nobody asked it to stop"
+        recompute = time.perf_counter() - planned - (self._moving() - before)
+        keys, values = self._kv.tensors()
+        return BlendResult(
+            output=output,
+            keys=keys,
+            values=values,
+            plans=plans,
+            charged_budgets=self._kv.charged_budgets(self._host.num_layers),
+            fallbacks=fallbacks,
+            seconds={
+                "plan": planned - start - self._probing,
+                "probe": self._probing - before,
+                **self._kv.seconds,
+                "recompute": recompute,
+            },
+        )
+
+    def _select(self) -> torch.Tensor:
+        batch = self._batch
+        if not bool(batch.reusable.any()):
+            return batch.forced.clone()
+        context = SelectionContext(
+            num_layers=self._host.num_layers,
+            prompts=batch.prompts,
+            spans=batch.moved_spans,
+            reusable=batch.reusable,
+            forced=batch.forced,
+            ratios=batch.ratios,
+            probe=self,
+            seed=self._seed,
+        )
+        return self._policy.select(context) & ~(batch.exact & ~batch.forced)
+
+    def _moving(self) -> float:
+        return sum(self._kv.seconds.values())
+
+    # The probe
+
+    def attention_received(self, *, span: int, layers: Sequence[int] | None, heads: HeadReduction) -> torch.Tensor:
+        wanted = range(self._host.num_layers) if layers is None else layers
+        start = time.perf_counter()
+        forward = ScoreAttention(self._batch, self._kv, self._scoring_rows(), span=span, layers=wanted, heads=heads)
+        forward.run(self._host)
+        self._probing += time.perf_counter() - start
+        return forward.received
+
+    def deviation(self, layer: int, tensor: DeviationTensor, rows: torch.Tensor | None) -> torch.Tensor:
+        start = time.perf_counter()
+        looked_at = ~self._batch.exact if rows is None else rows
+        forward = MeasureDeviation(self._batch, self._kv, looked_at | self._batch.forced, layer, tensor)
+        forward.run(self._host)
+        self._probing += time.perf_counter() - start
+        return forward.deviation
+
+    def _scoring_rows(self) -> torch.Tensor:
+        """bool ``[N]``: the new rows of each prompt that reuses anything, thinned out where there are many."""
+        computed = torch.zeros_like(self._batch.forced)
+        for start, end in self._batch.prompts:
+            if not bool(self._batch.reusable[start:end].any()):
+                continue
+            new = start + torch.nonzero(self._batch.forced[start:end])[:, 0]
+            if len(new) > _MAX_SCORING_ROWS:
+                tail = _MAX_SCORING_ROWS - _SCORING_HEAD_ROWS
+                new = torch.cat([new[:_SCORING_HEAD_ROWS], new[-tail:]])
+            computed[new] = True
+        return computed

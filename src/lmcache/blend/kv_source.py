@@ -1,0 +1,31 @@
+"""Where the KV of a reused passage comes from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class KVLoadError(Exception):
+    """A passage's KV cannot be had (any more): the blend falls back to a full prefill."""
+
+
+class KVSource(Protocol):
+    """The KV of one passage as it was stored, a layer at a time."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt in which it was computed: the frequencies of some scaled RoPE depend on it."""
+
+    def layer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K ``[num_tokens, kv_heads, dim]``, rotated to the positions at which it was computed, and V. Read-only.
+
+        Waits until the layer has arrived. May be called several times for a layer, and for layers in any order.
+
+        Raises:
+            KVLoadError: the layer will not arrive.
+        """

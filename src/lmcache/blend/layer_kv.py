@@ -1,0 +1,156 @@
+"""The KV of a batch while it is blended: moved into place once a layer, then overwritten with what is computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from lmcache.blend.batch import BlendBatch, PlacedSpan
+from lmcache.blend.correctors.interface import Corrector, LayerCorrection
+from lmcache.blend.kv_source import KVLoadError
+from lmcache.blend.rope import FusedRope
+
+
+class PromptLoadError(Exception):
+    """A passage of one prompt of the batch cannot be loaded."""
+
+    def __init__(self, prompt: int, reason: str) -> None:
+        super().__init__(reason)
+        self.prompt = prompt
+
+
+class LayerKV:
+    """K and V of one layer for every row of the batch, ``[N, kv_heads, dim]``.
+
+    ``fresh`` (bool ``[N]``) marks the rows that were computed at this layer. Rows that are neither fresh nor reused are
+    zero and mean nothing: a forward that leaves them out must not look at them.
+    """
+
+    def __init__(self, layer_id: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.layer_id = layer_id
+        self.keys = keys
+        self.values = values
+        self.fresh = torch.zeros(len(keys), dtype=torch.bool)
+        self.corrected = False
+        self.change = {"k": torch.zeros(len(keys)), "v": torch.zeros(len(keys))}
+
+    def measure(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Note how far the fresh ``k``, ``v`` of ``rows`` are from what they will overwrite: in ``change``, the sum of
+        squares over heads and dims, float32 ``[N]``. A row that is fresh already keeps what was noted then."""
+        first = ~self.fresh[rows]
+        at, taken = rows[first].to(k.device), first.to(k.device)
+        for name, fresh, moved in (("k", k, self.keys), ("v", v, self.values)):
+            change = (fresh[taken].float() - moved[at].float()).square().flatten(1).sum(1)
+            self.change[name][rows[first]] = change.cpu()
+
+    def write(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Fresh ``k``, ``v`` of ``rows`` take the place of what was there."""
+        at = rows.to(self.keys.device)
+        self.keys.index_copy_(0, at, k)
+        self.values.index_copy_(0, at, v)
+        self.fresh[rows] = True
+
+
+class BatchKV:
+    """All layers of a batch. Layers are loaded and re-rotated when they are first wanted."""
+
+    def __init__(self, batch: BlendBatch, ropes: Sequence[FusedRope | None], corrector: Corrector) -> None:
+        self._batch = batch
+        self._ropes = ropes
+        self._corrector = corrector
+        self._layers: dict[int, LayerKV] = {}
+        self._holes = torch.nonzero(~(batch.reusable | batch.exact))[:, 0]
+        self.seconds = {"load": 0.0, "correct": 0.0}
+
+    def layer(self, layer_id: int, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
+        """The layer, its reused rows in place. ``k`` and ``v`` are fresh ones, for shape, dtype and device.
+
+        Raises:
+            PromptLoadError: a source failed.
+        """
+        held = self._layers.get(layer_id)
+        if held is None:
+            start = time.perf_counter()
+            num_rows = self._batch.num_rows
+            held = LayerKV(layer_id, k.new_empty(num_rows, *k.shape[1:]), v.new_empty(num_rows, *v.shape[1:]))
+            # What is masked out has weight 0, and 0 times what happens to lie in fresh memory may be NaN.
+            held.values.index_fill_(0, self._holes.to(v.device), 0)
+            held.keys.index_fill_(0, self._holes.to(k.device), 0)
+            for placed in self._batch.placed:
+                self._place(held, placed)
+            self._layers[layer_id] = held
+            self.seconds["load"] += time.perf_counter() - start
+        return held
+
+    def _place(self, layer: LayerKV, placed: PlacedSpan) -> None:
+        span, (start, end) = placed.span, placed.rows
+        try:
+            keys, values = placed.source.layer(layer.layer_id)
+        except KVLoadError as error:
+            raise PromptLoadError(placed.prompt, str(error)) from error
+        taken = slice(span.source_start, span.source_start + end - start)
+        for name, theirs, ours in (("K", keys, layer.keys), ("V", values, layer.values)):
+            if theirs.shape[1:] != ours.shape[1:] or len(theirs) < taken.stop:
+                raise PromptLoadError(
+                    placed.prompt,
+                    f"{name} of layer {layer.layer_id} is {list(theirs.shape)} in its source, the model's is "
+                    f"{list(ours.shape[1:])} a token, and {taken.stop} tokens are wanted",
+                )
+            ours[start:end] = theirs[taken]
+        rope = self._ropes[layer.layer_id]
+        if rope is not None and not span.exact:
+            new = self._batch.positions[start:end]
+            rope.fused_encode(
+                new + (span.old_start - span.start),
+                new,
+                layer.keys[start:end],
+                old_length=placed.source.length,
+                new_length=self._batch.plans[placed.prompt].num_tokens,
+            )
+
+    def correct(self, layer: LayerKV, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Let the corrector move what is not recomputed. Once a layer: by then the layer has its final content, but
+        for rows that are computed again."""
+        if layer.corrected:
+            return
+        layer.corrected = True
+        kept = self._batch.reusable.clone()
+        kept[rows] = False
+        if not bool(kept.any()):
+            return
+        start = time.perf_counter()
+        device = layer.keys.device
+        self._corrector.correct(
+            LayerCorrection(
+                layer_id=layer.layer_id,
+                keys=layer.keys,
+                values=layer.values,
+                rows=rows.to(device),
+                fresh_keys=k,
+                fresh_values=v,
+                spans=self._batch.moved_spans,
+                positions=self._batch.positions.to(device),
+                rope=self._ropes[layer.layer_id],
+            )
+        )
+        self.seconds["correct"] += time.perf_counter() - start
+
+    def known(self, layer: LayerKV) -> torch.Tensor:
+        """bool ``[N]``: rows whose K and V mean something."""
+        return layer.fresh | self._batch.reusable | self._batch.exact
+
+    def tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """K and V of every layer, in order."""
+        layers = [self._layers[index] for index in sorted(self._layers)]
+        return [layer.keys for layer in layers], [layer.values for layer in layers]
+
+    def charged_budgets(self, num_layers: int) -> tuple[float, ...]:
+        """One a prompt: the share of (reused token, layer) pairs whose QKV was computed afresh."""
+        charged = []
+        for start, end in self._batch.prompts:
+            reusable = self._batch.reusable[start:end]
+            computed = sum(int((layer.fresh[start:end] & reusable).sum()) for layer in self._layers.values())
+            charged.append(computed / max(1, num_layers * int(reusable.sum())))
+        return tuple(charged)

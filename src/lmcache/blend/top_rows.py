@@ -1,0 +1,41 @@
+"""The one place that decides which rows have the highest scores."""
+
+from __future__ import annotations
+
+import torch
+
+
+def top_rows(scores: torch.Tensor, count: int, eligible: torch.Tensor | None = None) -> torch.Tensor:
+    """The rows with the highest scores, in ascending order of row.
+
+    Of equal scores the lower row wins, and NaN is lower than every number, −inf included. So equal scores give the same
+    rows on every device and in every process.
+
+    Args:
+        scores: ``[n]``, of any real dtype, on any device.
+        count: how many rows to choose; if fewer are eligible, all of those.
+        eligible: bool ``[n]``, the rows to choose from; None for all.
+
+    Returns:
+        int64 ``[min(count, eligible rows)]``, on the device of ``scores``.
+
+    Raises:
+        ValueError: ``scores`` is not one-dimensional, ``eligible`` is not bool of the same shape, or ``count`` is
+            negative.
+    """
+    if scores.dim() != 1:
+        raise ValueError(f"scores: expected [n], one score a row, got {list(scores.shape)}")
+    if count < 0:
+        raise ValueError(f"count={count}: must not be negative")
+    if eligible is None:
+        eligible = torch.ones_like(scores, dtype=torch.bool)
+    elif eligible.dtype != torch.bool or eligible.shape != scores.shape:
+        raise ValueError(
+            f"eligible: expected bool {list(scores.shape)} as scores, got {eligible.dtype} {list(eligible.shape)}"
+        )
+    rows = eligible.to(scores.device).nonzero().squeeze(1)
+    candidates = scores[rows] + 0  # −0.0 becomes 0.0, which also a sort by bits finds equal
+    order = candidates.argsort(descending=True, stable=True)
+    # torch sorts NaN first; move those to the end and leave the rest in order.
+    order = order[candidates[order].isnan().byte().argsort(stable=True)]
+    return rows[order[:count]].sort().values
