@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from lmcache.segmentation import cut_after_separator
+from lmcache.segmentation.separator import cut_after_separator
 
 
 def cut(tokens: list[int], separator: list[int]) -> list[list[int]]:

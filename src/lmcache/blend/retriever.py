@@ -15,7 +15,7 @@ from lmcache.blend.interfaces import BlendRetriever, BlendRetrieverResult, Blend
 from lmcache.blend.request_spans import request_spans
 from lmcache.metadata import LMCacheEngineMetadata
 from lmcache.observability.logging import init_logger, log_limited
-from lmcache.segmentation import cut_after_separator
+from lmcache.segmentation.separator import cut_after_separator
 
 logger = init_logger(__name__)
 

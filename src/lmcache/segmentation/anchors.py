@@ -1,0 +1,53 @@
+"""Anchors: places in a row of tokens that are found again wherever the same tokens stand.
+
+A window of :data:`WINDOW` tokens is an anchor when its hash happens to be divisible by :data:`DENSITY`. That depends on
+nothing but these tokens, so a passage has the same anchors in every prompt, however the prompt is cut into chunks
+(content-defined chunking, as in LBFS, Muthitacharoen et al. 2001).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+WINDOW = 32
+DENSITY = 32  # a power of two
+
+# Any odd number with well-mixed bits: a polynomial in it, modulo 2^64, hashes a window in constant time.
+_BASE = 0x9E3779B97F4A7C15
+_INVERSE = pow(_BASE, -1, 2**64)
+_MIX = np.uint64(0xD6E8FEB86659FD93)
+_HALF = np.uint64(32)
+
+
+def anchors(tokens: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    """Where the anchors of ``tokens`` begin, ascending, and the hashes of their windows."""
+    count = len(tokens) - WINDOW + 1
+    if count < 1:
+        return np.empty(0, np.int64), np.empty(0, np.uint64)
+    powers, inverses = _powers(_rounded_up(len(tokens)))
+    # sums[i] = Σ_{j<i} (t_j + 1)·B^j, so a window's share of it, shifted back by B^-i, depends on its tokens alone.
+    sums = np.zeros(len(tokens) + 1, np.uint64)
+    np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * powers[: len(tokens)], out=sums[1:])
+    hashes = (sums[WINDOW:] - sums[:-WINDOW]) * inverses[:count]
+    hashes = (hashes ^ (hashes >> _HALF)) * _MIX
+    hashes ^= hashes >> _HALF
+    starts = np.flatnonzero((hashes & np.uint64(DENSITY - 1)) == 0)
+    return starts, hashes[starts]
+
+
+def _rounded_up(length: int) -> int:
+    return 1 << max(12, (length - 1).bit_length())
+
+
+@lru_cache(maxsize=8)
+def _powers(length: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """B^i and B^-i for i < ``length``, modulo 2^64."""
+    columns = []
+    for base in (_BASE, _INVERSE):
+        steps = np.full(length, base, np.uint64)
+        steps[0] = 1
+        columns.append(np.cumprod(steps))
+    return columns[0], columns[1]

@@ -1,0 +1,220 @@
+"""Finds tokens again that stood in any earlier prompt, wherever they stand now and however these were cut."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache.segmentation.anchor_table import AnchorTable
+from lmcache.segmentation.anchors import WINDOW, anchors
+
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+_BLOCK_CHUNKS = 4096
+# A chunk that many others followed (the end of a system prompt, say) is not worth trying all: those have anchors too.
+_MAX_CHILDREN = 16
+
+
+@dataclass(frozen=True)
+class Piece(Generic[KeyT]):
+    """Tokens ``[start, end)`` of a prompt are the tokens of chunk ``key`` from its token ``offset`` on."""
+
+    start: int
+    end: int
+    key: KeyT
+    offset: int
+
+
+@dataclass(frozen=True)
+class PassageMatch(Generic[KeyT]):
+    """Tokens ``[start, end)`` of a prompt stood together in an earlier one; ``pieces`` are the chunks they lie in.
+
+    ``old_start`` is where the first of them stood then.
+    """
+
+    start: int
+    end: int
+    old_start: int
+    pieces: tuple[Piece[KeyT], ...]
+
+
+class PassageIndex(Generic[KeyT]):
+    """The tokens of the chunks that are kept, linked to what stood before and behind them.
+
+    A prompt is searched for the anchors of all chunks; from an anchor, a match grows to both sides token by token, over
+    the borders of chunks, so it ends exactly where the texts part. Every token of a match was compared. About
+    ``4 · chunk_size + 300`` bytes of host memory a chunk. Thread-safe.
+    """
+
+    def __init__(self, chunk_size: int) -> None:
+        """``chunk_size``: tokens of a chunk, at least :data:`~lmcache.segmentation.anchors.WINDOW`."""
+        if chunk_size < WINDOW:
+            raise ValueError(f"chunk_size={chunk_size}: passages are found by windows of {WINDOW} tokens")
+        self._size = chunk_size
+        self._writing = threading.Lock()
+        self._lock = threading.Lock()
+        self._table = AnchorTable()
+        self._blocks: list[npt.NDArray[np.uint32]] = []
+        self._ids: dict[KeyT, int] = {}
+        self._keys: list[KeyT | None] = []
+        self._starts: list[int] = []
+        self._before: list[int] = []
+        self._behind: defaultdict[int, list[int]] = defaultdict(list)
+        self._free: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, key: KeyT) -> bool:
+        return key in self._ids
+
+    def add(self, key: KeyT, tokens: npt.NDArray[np.uint32], start: int, before: KeyT | None = None) -> None:
+        """Note a chunk. One that is there already stays as it is.
+
+        Args:
+            tokens: ``chunk_size`` token ids.
+            start: position of the first in its prompt.
+            before: key of the chunk that stood before it there.
+        """
+        if len(tokens) != self._size:
+            raise ValueError(f"a chunk has {self._size} tokens, got {len(tokens)}")
+        at, hashes = anchors(tokens)
+        # Growing takes seconds when there are millions; only other writers wait for that.
+        with self._writing:
+            if self._table.full(len(at)):
+                self._table = self._table.successor(lambda places: self._alive()[places // self._size])
+            self._add(key, tokens, start, before, at, hashes)
+
+    def _add(
+        self,
+        key: KeyT,
+        tokens: npt.NDArray[np.uint32],
+        start: int,
+        before: KeyT | None,
+        at: npt.NDArray[np.int64],
+        hashes: npt.NDArray[np.uint64],
+    ) -> None:
+        with self._lock:
+            if key in self._ids:
+                return
+            chunk = self._new_id()
+            self._ids[key] = chunk
+            self._keys[chunk], self._starts[chunk] = key, start
+            self._tokens(chunk)[:] = tokens
+            parent = self._ids.get(before, -1) if before is not None else -1
+            self._before[chunk] = parent
+            if parent >= 0:
+                self._behind[parent].append(chunk)
+            self._table.put(hashes, chunk * self._size + at)
+
+    def discard(self, key: KeyT) -> None:
+        """Forget a chunk; unknown ones are ignored."""
+        with self._writing, self._lock:
+            chunk = self._ids.pop(key, None)
+            if chunk is None:
+                return
+            self._keys[chunk] = None
+            for child in self._behind.pop(chunk, ()):
+                self._before[child] = -1
+            if self._before[chunk] >= 0:
+                self._behind[self._before[chunk]].remove(chunk)
+            self._free.append(chunk)
+
+    def find(self, tokens: npt.NDArray[np.uint32], min_tokens: int = WINDOW) -> list[PassageMatch[KeyT]]:
+        """What of ``tokens`` stood in earlier prompts, in runs of at least ``min_tokens``, by where they begin.
+
+        Matches may overlap, where a text stood in several places and each goes on in another way.
+        """
+        at, hashes = anchors(tokens)
+        matches: list[PassageMatch[KeyT]] = []
+        with self._lock:
+            places = self._table.get(hashes)
+            known = places >= 0
+            covered = 0
+            for position, place in zip(at[known].tolist(), places[known].tolist(), strict=True):
+                if position + WINDOW <= covered:
+                    continue
+                pieces = self._grown(tokens, position, *divmod(place, self._size))
+                if not pieces:
+                    continue
+                covered = max(covered, pieces[-1].end)
+                if pieces[-1].end - pieces[0].start >= min_tokens:
+                    first = pieces[0]
+                    old_start = self._starts[self._ids[first.key]] + first.offset
+                    matches.append(PassageMatch(first.start, pieces[-1].end, old_start, tuple(pieces)))
+        matches.sort(key=lambda match: match.start)
+        return matches
+
+    def _grown(self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int) -> list[Piece[KeyT]]:
+        """The match around an anchor at ``position``, which is said to be at ``offset`` of ``chunk``; empty if not."""
+        if self._keys[chunk] is None or self._common(tokens, position, chunk, offset) < WINDOW:
+            return []
+        left, right = (grow(tokens, position, chunk, offset) for grow in (self._leftwards, self._rightwards))
+        if left and left[-1].key == right[0].key:
+            right[0] = replace(left.pop(), end=right[0].end)
+        return left + right
+
+    def _leftwards(self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int) -> list[Piece[KeyT]]:
+        """Pieces that end at ``position``, where ``offset`` of ``chunk`` is; the last is of ``chunk`` itself."""
+        pieces: list[Piece[KeyT]] = []
+        while chunk >= 0:
+            length = min(position, offset)
+            ours, theirs = tokens[position - length : position], self._tokens(chunk)[offset - length : offset]
+            same = length if (ours == theirs).all() else length - 1 - int(np.flatnonzero(ours != theirs)[-1])
+            self._piece(pieces, position - same, position, chunk, offset - same)
+            if same < offset:
+                break
+            position -= same
+            chunk, offset = self._before[chunk], self._size
+        return pieces[::-1]
+
+    def _rightwards(self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int) -> list[Piece[KeyT]]:
+        """Pieces that begin at ``position``, where ``offset`` of ``chunk`` is."""
+        pieces: list[Piece[KeyT]] = []
+        same = self._common(tokens, position, chunk, offset)
+        while same:
+            self._piece(pieces, position, position + same, chunk, offset)
+            if offset + same < self._size:
+                break
+            position += same
+            offset = 0
+            children = self._behind.get(chunk, ())[-_MAX_CHILDREN:]
+            matches = [(self._common(tokens, position, child, 0), child) for child in children]
+            same, chunk = max(matches, default=(0, -1))
+        return pieces
+
+    def _common(self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int) -> int:
+        """How many tokens from ``position`` on are those of ``chunk`` from ``offset`` on."""
+        length = min(len(tokens) - position, self._size - offset)
+        differs = tokens[position : position + length] != self._tokens(chunk)[offset : offset + length]
+        return int(differs.argmax()) if differs.any() else length
+
+    def _piece(self, pieces: list[Piece[KeyT]], start: int, end: int, chunk: int, offset: int) -> None:
+        key = self._keys[chunk]
+        if start < end and key is not None:
+            pieces.append(Piece(start, end, key, offset))
+
+    def _alive(self) -> npt.NDArray[np.bool_]:
+        return np.fromiter((key is not None for key in self._keys), bool, len(self._keys))
+
+    def _new_id(self) -> int:
+        if self._free:
+            return self._free.pop()
+        chunk = len(self._keys)
+        if chunk % _BLOCK_CHUNKS == 0:
+            self._blocks.append(np.zeros((_BLOCK_CHUNKS, self._size), np.uint32))
+        self._keys.append(None)
+        self._starts.append(0)
+        self._before.append(-1)
+        return chunk
+
+    def _tokens(self, chunk: int) -> npt.NDArray[np.uint32]:
+        block, row = divmod(chunk, _BLOCK_CHUNKS)
+        tokens: npt.NDArray[np.uint32] = self._blocks[block][row]
+        return tokens
