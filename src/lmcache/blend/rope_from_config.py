@@ -26,8 +26,19 @@ _ANY = ""  # any layer type
 
 # What a config does not say. Model types whose keys lie in transformers' cache as pairs (2i, 2i + 1) …
 _INTERLEAVED = frozenset(
-    {"codegen", "cohere", "cohere2", "cohere2_moe", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj"}
-    | {"helium", "llama4_text"}
+    {
+        "codegen",
+        "cohere",
+        "cohere2",
+        "deepseek_v2",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "glm",
+        "glm4",
+        "gptj",
+        "helium",
+        "llama4_text",
+    }
 )
 # … whose full-attention layers have no positions …
 _ROPE_IN_SLIDING_LAYERS_ONLY = frozenset({"afmoe", "cohere2", "exaone4", "exaone_moe"})
