@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import msgspec
 import torch
 from blake3 import blake3
 
+from lmcache.integration.config_digest import config_digest
 from lmcache.metadata import LMCacheEngineMetadata
 
 if TYPE_CHECKING:
@@ -52,13 +52,6 @@ def _revision(model: str, revision: str | None, hf_config: Any) -> str:
     return str(getattr(hf_config, "_commit_hash", None) or revision or "")
 
 
-def _config_digest(settings: dict[str, Any]) -> str:
-    # The names of files and of the library that wrote them say nothing about KV.
-    volatile = {"_name_or_path", "transformers_version", "_commit_hash"}
-    plain = json.dumps({k: v for k, v in settings.items() if k not in volatile}, sort_keys=True, default=str)
-    return blake3(plain.encode()).hexdigest(16)
-
-
 def engine_metadata(vllm_config: VllmConfig, chunk_size: int) -> LMCacheEngineMetadata:
     """The identity and KV shape of this process's shard, as vLLM's configuration tells them."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
@@ -79,7 +72,7 @@ def engine_metadata(vllm_config: VllmConfig, chunk_size: int) -> LMCacheEngineMe
         ),
         use_mla=use_mla,
         revision=_revision(model.model, model.revision, text_config),
-        model_config=_config_digest(
+        model_config=config_digest(
             {
                 **text_config.to_dict(),
                 "model_dtype": str(model.dtype),
