@@ -12,7 +12,7 @@ def describe_machine() -> str:
     """One line: processor, memory, versions, and how busy it is with other things (ask before measuring)."""
     return ", ".join(
         (
-            f"{_cpu_model()}, {os.cpu_count()} CPUs",
+            f"{processor()}, {os.cpu_count()} CPUs",
             f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
             f"{platform.system()} {platform.release()}",
             f"Python {platform.python_version()}",
@@ -21,7 +21,8 @@ def describe_machine() -> str:
     )
 
 
-def _cpu_model() -> str:
+def processor() -> str:
+    """The processor's model name."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -48,7 +48,8 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
     return written
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure that can be saved; sizes in inches."""
     # Without pyplot: it would look for a display and keep global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -59,7 +60,7 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _throughput(rows: Sequence[Row]) -> Figure:
-    figure = _new_figure(10, 1.2 + 0.36 * len(rows))
+    figure = new_figure(10, 1.2 + 0.36 * len(rows))
     axes = figure.subplots()
     for at, row in enumerate(rows):
         share = row.share
@@ -76,12 +77,12 @@ def _throughput(rows: Sequence[Row]) -> Figure:
     axes.set_xlim(0, _WIDEST)
     axes.set_xlabel("share of the raw speed in the same run, % (red: target; thin line: quartiles)")
     axes.set_title("Moving KV, against a raw copy of the same bytes")
-    _tidy(axes, "x")
+    tidy(axes, "x")
     return figure
 
 
 def _keys(rows: Sequence[Row]) -> Figure:
-    figure = _new_figure(10, 4.2)
+    figure = new_figure(10, 4.2)
     cases = list(dict.fromkeys(row.case for row in rows))
     kinds = list(dict.fromkeys(row.figure for row in rows))
     axes = figure.subplots()
@@ -104,12 +105,12 @@ def _keys(rows: Sequence[Row]) -> Figure:
     axes.set_ylabel("µs per 1,000 tokens")
     axes.set_title("Naming a prompt")
     axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
-    _tidy(axes, "y")
+    tidy(axes, "y")
     return figure
 
 
 def _growth(rows: Sequence[Row]) -> Figure:
-    figure = _new_figure(11, 7.5)
+    figure = new_figure(11, 7.5)
     names = list(dict.fromkeys(row.figure for row in rows if not row.figure.startswith("…")))
     for axes, name in zip(figure.subplots(2, 2).flat, names, strict=True):
         panel = [row for row in rows if row.figure == name]
@@ -129,12 +130,13 @@ def _growth(rows: Sequence[Row]) -> Figure:
         axes.set_xlabel("chunks in the index")
         axes.set_ylabel(f"{name}, {panel[0].unit}")
         axes.legend(fontsize=8, frameon=False)
-        _tidy(axes, "both")
+        tidy(axes, "both")
     figure.suptitle("How the index grows")
     return figure
 
 
-def _tidy(axes: Axes, grid: str) -> None:
+def tidy(axes: Axes, grid: str) -> None:
+    """Light grid lines along ``grid`` ("x", "y" or "both"), no frame."""
     axes.grid(axis=grid, color="#dddddd", linewidth=0.6)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lmcache.bench.run import SUBJECTS
+from lmcache.cli.refusing import refuse
 
 _CHOICES = (*SUBJECTS, "all")
 
@@ -36,11 +37,11 @@ def bench(
 
     where = directory or Path.cwd()
     if subject not in _CHOICES:
-        _refuse(f"{subject!r} is not one of {', '.join(_CHOICES)}")
+        refuse(f"{subject!r} is not one of {', '.join(_CHOICES)}")
     if not os.access(where, os.W_OK | os.X_OK) or not where.is_dir():
-        _refuse(f"--directory {where} is not a directory that can be written")
+        refuse(f"--directory {where} is not a directory that can be written")
     if plot_directory is not None and not can_plot():
-        _refuse(MISSING)
+        refuse(MISSING)
     settings = Settings.quick(where) if quick else Settings.full(where)
     report = measure(
         SUBJECTS if subject == "all" else [subject],
@@ -60,8 +61,3 @@ def bench(
             typer.echo(f"drew {path}", err=True)
     if not report.rows:
         raise typer.Exit(1)
-
-
-def _refuse(why: str) -> None:
-    typer.echo(why, err=True)
-    raise typer.Exit(2)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lmcache.cli.refusing import refuse
+
 
 def config(
     file: Annotated[
@@ -31,8 +33,7 @@ def config(
     try:
         effective = LMCacheEngineConfig.load(environ=environ)
     except ValueError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
+        refuse(error)
     options = {
         key: {
             "value": value,
