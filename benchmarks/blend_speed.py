@@ -98,7 +98,8 @@ def main() -> None:
         phases = ", ".join(f"{name} {seconds * 1e3:.0f}" for name, seconds in row["phases"].items())
         print(
             f"blend {row['budget']:.0%}: {row['seconds']:.2f} s, {row['of_full_prefill']:.3f} of it "
-            f"({low:.3f}–{high:.3f}; at most {row['at_most']}), deciding {row['deciding']:.1%} (at most {MAX_OVERHEAD:.0%}); ms: {phases}"
+            f"({low:.3f}–{high:.3f}; at most {row['at_most']}), "
+            f"deciding {row['deciding']:.1%} (at most {MAX_OVERHEAD:.0%}); ms: {phases}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))

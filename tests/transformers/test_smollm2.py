@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmcache.blend.plan import Reason
-from lmcache.integration.transformers import CacheBlend
+from lmcache.integration.transformers import BlendedPrompt, CacheBlend
 from tests.vllm.harness import model_path
 
 pytestmark = pytest.mark.skipif(not model_path().exists(), reason="needs the model: make setup")
@@ -47,22 +49,15 @@ def plain_inputs(parts: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def test_the_example_of_the_readme() -> None:
-    path = model_path()
-    # ---- README
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    system, *passages, question = (
-        tokenizer.encode(text, add_special_tokens=False) for text in (SYSTEM, *PASSAGES, QUESTION)
-    )
-    with CacheBlend(model) as blend:
-        for passage in passages:
-            blend.cache(passage, behind=system)
-        result = blend.prefill([system, passages[2], passages[0], passages[1], question])
-        output = model.generate(**result.generate_inputs(), max_new_tokens=16, do_sample=False)
-        text = tokenizer.decode(output[0, result.input_ids.shape[1] :], skip_special_tokens=True)
-    # ----
-    assert "Marta Oduya" in text
+@pytest.mark.parametrize("page", ["README.md", "docs/cacheblend.md"])
+def test_the_example_runs_as_it_is_written(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / page).read_text()
+    (example,) = re.findall(r"```python\n(.*?CacheBlend.*?)```", text, re.DOTALL)
+    names = {"path": model_path(), "texts": [SYSTEM, *PASSAGES, QUESTION]}
+    exec(compile(example, page, "exec"), names)
+    assert "Marta Oduya" in capsys.readouterr().out
+    result = names["result"]
+    assert isinstance(result, BlendedPrompt)
     assert 0.1 < result.report.charged_budget < 0.2
     assert Reason.MOVED in {part.reason for part in result.plan.ranges()}
 

@@ -13,8 +13,6 @@ from lmcache.blend.policies.interface import SelectionPolicy
 from lmcache.blend.policies.kv_deviation import KVDeviationPolicy
 from lmcache.config import LMCacheEngineConfig
 
-DEFAULT_CORRECTOR = "key_shift"
-
 
 def make_policy_from_config(config: LMCacheEngineConfig) -> SelectionPolicy:
     """The policy ``blend_policy``, with the options in ``extra_config["blend_policy_options"]``.
@@ -42,16 +40,12 @@ def make_policy_from_config(config: LMCacheEngineConfig) -> SelectionPolicy:
 
 
 def make_corrector_from_config(config: LMCacheEngineConfig) -> Corrector:
-    """The corrector ``extra_config["blend_corrector"]``, by default ``key_shift``, with the options in
-    ``extra_config["blend_corrector_options"]``.
+    """The corrector ``blend_corrector``, with the options in ``extra_config["blend_corrector_options"]``.
 
     Raises:
         ValueError: the corrector or an option is unknown, or an option's value is bad.
     """
-    name = config.extra_config.get("blend_corrector", DEFAULT_CORRECTOR)
-    if not isinstance(name, str):
-        raise ValueError(f"extra_config['blend_corrector']={name!r}: must be the name of a corrector")
-    return make_corrector(name, **_options(config, "blend_corrector_options"))
+    return make_corrector(config.blend_corrector, **_options(config, "blend_corrector_options"))
 
 
 def recompute_ratio(config: LMCacheEngineConfig) -> float:

@@ -71,10 +71,13 @@ class LMCacheEngineConfig(BaseModel):
     )
     enable_kv_events: Bool = Field(False, description="Tell listeners which chunks were stored.")
     enable_blending: Bool = Field(False, description="CacheBlend: reuse known passages anywhere in the prompt.")
-    blend_policy: str = Field("kv_deviation", min_length=1, description="How the tokens to recompute are chosen.")
-    blend_check_layers: Layers = Field((1,), min_length=1, description="Layers at which tokens are chosen, ascending.")
+    blend_policy: str = Field("sampled_attention", min_length=1, description="Which reused tokens are recomputed.")
+    blend_corrector: str = Field("kriging", min_length=1, description="How the tokens that are not recomputed follow.")
+    blend_check_layers: Layers = Field(
+        (1,), min_length=1, description="Layers at which kv_deviation chooses, ascending."
+    )
     blend_recompute_ratios: Ratios = Field(
-        (0.15,), min_length=1, description="Share of reused tokens to recompute, one a check layer."
+        (0.15,), min_length=1, description="Share of reused tokens to recompute, one a check layer; the last counts."
     )
     blend_thresholds: OptionalThresholds = Field(
         None, description="Deviation above which a token is recomputed; unset: the ratios decide."

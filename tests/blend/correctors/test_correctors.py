@@ -38,18 +38,22 @@ def installed() -> Iterator[None]:
         yield
 
 
-def shifted_keys(layer: LayerCorrection, weight: Callable[[int], float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each key plus the mean change of its span, weighted by distance; one row at a time, in float64."""
-    keys = layer.keys.double().clone()
+def shifted(layer: LayerCorrection, name: str, weight: Callable[[int], float]) -> torch.Tensor:
+    """Each key or value plus the mean change of its span, weighted by distance; one row at a time, in float64."""
+    moved, computed = getattr(layer, name).double().clone(), getattr(layer, f"fresh_{name}").double()
     rows = layer.rows.tolist()
     for start, end in layer.spans:
         fresh = [index for index, row in enumerate(rows) if start <= row < end]
-        changes = {rows[index]: layer.fresh_keys[index].double() - layer.keys[rows[index]].double() for index in fresh}
+        changes = {rows[index]: computed[index] - moved[rows[index]] for index in fresh}
         for row in range(start, end) if changes else ():
             weights = {other: weight(other - row) for other in changes}
             for other, change in changes.items():
-                keys[row] += change * weights[other] / sum(weights.values())
-    return keys, layer.values.double()
+                moved[row] += change * weights[other] / sum(weights.values())
+    return moved
+
+
+def gaussian(distance: int) -> float:
+    return math.exp(-((distance / 3) ** 2) / 2) + 0.05
 
 
 class TestNone(CorrectorConformance):
@@ -65,7 +69,7 @@ class TestKeyShift(CorrectorConformance):
 
     @classmethod
     def reference(cls, layer: LayerCorrection) -> tuple[torch.Tensor, torch.Tensor]:
-        return shifted_keys(layer, lambda distance: 1.0)
+        return shifted(layer, "keys", lambda distance: 1.0), layer.values.double()
 
 
 class TestLocalKeyShift(CorrectorConformance):
@@ -74,7 +78,7 @@ class TestLocalKeyShift(CorrectorConformance):
 
     @classmethod
     def reference(cls, layer: LayerCorrection) -> tuple[torch.Tensor, torch.Tensor]:
-        return shifted_keys(layer, lambda distance: math.exp(-((distance / 3) ** 2) / 2) + 0.05)
+        return shifted(layer, "keys", gaussian), layer.values.double()
 
     def test_very_wide_is_the_plain_mean(self) -> None:
         prompt = Prompt(30, ((2, 28),), (3, 10, 11, 20))
@@ -82,6 +86,46 @@ class TestLocalKeyShift(CorrectorConformance):
         make_corrector("local_key_shift", width=1e6).correct(wide)
         make_corrector("key_shift").correct(plain)
         torch.testing.assert_close(wide.keys, plain.keys)
+
+
+class TestKriging(CorrectorConformance):
+    corrector_name = "kriging"
+
+    @classmethod
+    def reference(cls, layer: LayerCorrection) -> tuple[torch.Tensor, torch.Tensor]:
+        """The conditional mean of a joint normal, solved with the whole matrix, in float64."""
+        keys, values = layer.keys.double().clone(), layer.values.double().clone()
+        rows = layer.rows.tolist()
+        for start, end in layer.spans:
+            fresh = [index for index, row in enumerate(rows) if start <= row < end]
+            if not fresh:
+                continue
+            known = [rows[index] - start for index in fresh]
+            x = layer.keys[start:end].double().flatten(1)
+            place = torch.arange(end - start, dtype=torch.float64)
+            covariance = 2 + 0.3 * torch.exp(-(((place[:, None] - place) / 8) ** 2) / 2)
+            apart = ((x[:, None] - x) ** 2).mean(2)
+            covariance += torch.exp(-apart / (0.5 * x.var(correction=0)))
+            among = covariance[known][:, known] + torch.eye(len(known), dtype=torch.float64)
+            weights = covariance[:, known] @ torch.linalg.inv(among)
+            for moved, before, computed in (
+                (keys, layer.keys, layer.fresh_keys),
+                (values, layer.values, layer.fresh_values),
+            ):
+                change = computed[fresh].double() - before[[start + at for at in known]].double()
+                moved[start:end] += (weights @ change.flatten(1)).view(-1, *moved.shape[1:])
+        return keys, values
+
+    def test_a_cluster_of_outliers_counts_little_more_than_one_of_them(self) -> None:
+        """Nine outliers side by side and one fair token: far from both, a mean would be nine tenths outliers."""
+        layer = layer_of(Prompt(101, ((0, 100),), (0, 1, 2, 3, 4, 5, 6, 7, 8, 92)))
+        layer.values.zero_()
+        layer.fresh_values.fill_(0)
+        layer.fresh_values[:9] = 1
+        make_corrector("kriging", passage=0.01, local=1.0, width=20.0, alike=0.0, noise=0.1).correct(layer)
+        assert 0.0 < float(layer.values[30, 0, 0]) < 0.5
+        assert float(layer.values[3, 0, 0]) > 0.9
+        assert float(layer.values[92, 0, 0]) < 0.1
 
 
 class TestNegate(CorrectorConformance):
@@ -106,7 +150,7 @@ def test_every_corrector_is_tested() -> None:
 
 
 def test_the_names() -> None:
-    assert list(CORRECTORS.builtin) == ["none", "key_shift", "local_key_shift"]
+    assert list(CORRECTORS.builtin) == ["none", "key_shift", "local_key_shift", "kriging"]
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
@@ -120,6 +164,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         ("key_shift", {"width": 3}, "'key_shift' with {'width': 3}: .*its options: none"),
         ("local_key_shift", {"width": 0}, "width=0: must be a positive number of tokens"),
         ("local_key_shift", {"everywhere": 0.0}, "everywhere=0.0: must be positive"),
+        ("kriging", {"noise": 0.0}, "noise=0.0: must be positive"),
+        ("kriging", {"alike": -1.0}, "alike=-1.0: must not be negative"),
     ],
 )
 def test_bad_options_are_refused_in_words(name: str, options: dict[str, object], message: str) -> None:

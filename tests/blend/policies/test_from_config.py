@@ -18,8 +18,13 @@ def config_of(**values: object) -> LMCacheEngineConfig:
     return LMCacheEngineConfig.from_defaults(**values)
 
 
-def test_the_default_is_cacheblend_as_in_the_paper() -> None:
-    policy = make_policy_from_config(config_of())
+def test_the_default_is_what_measured_best() -> None:
+    assert make_policy_from_config(config_of()).name == "sampled_attention"
+    assert make_corrector_from_config(config_of()).name == "kriging"
+
+
+def test_kv_deviation_is_cacheblend_as_in_the_paper() -> None:
+    policy = make_policy_from_config(config_of(blend_policy="kv_deviation"))
     context, same = context_of(PROMPT), context_of(PROMPT)
     assert torch.equal(policy.select(context), KVDeviationPolicy(check_layers=(1,)).select(same))
     assert recompute_ratio(config_of()) == 0.15
@@ -40,7 +45,7 @@ def test_check_layers_and_their_ratios() -> None:
 
 
 def test_thresholds() -> None:
-    config = config_of(blend_thresholds=(1.5,))
+    config = config_of(blend_policy="kv_deviation", blend_thresholds=(1.5,))
     context = context_of(PROMPT)
     deviation = probe_of(context).deviations[1]
     expected = context.reusable & (deviation > 1.5 * deviation[2:42].mean())
@@ -63,15 +68,15 @@ def test_options_of_a_policy() -> None:
 
 
 def test_an_option_of_its_own_wins_over_the_configuration() -> None:
-    config = config_of(extra_config={"blend_policy_options": {"tensor": "k"}})
+    config = config_of(blend_policy="kv_deviation", extra_config={"blend_policy_options": {"tensor": "k"}})
     context = context_of(PROMPT)
     make_policy_from_config(config).select(context)
     assert probe_of(context).asked == [{"layer": 1, "tensor": "k"}]
 
 
 def test_correctors() -> None:
-    assert isinstance(make_corrector_from_config(config_of()), KeyShiftCorrector)
-    config = config_of(extra_config={"blend_corrector": "local_key_shift", "blend_corrector_options": {"width": 5}})
+    assert isinstance(make_corrector_from_config(config_of(blend_corrector="Key-Shift")), KeyShiftCorrector)
+    config = config_of(blend_corrector="local_key_shift", extra_config={"blend_corrector_options": {"width": 5}})
     assert isinstance(make_corrector_from_config(config), LocalKeyShiftCorrector)
 
 
@@ -80,7 +85,7 @@ def test_correctors() -> None:
     [
         ({"blend_policy": "kv"}, "unknown selection policy 'kv': must be one of none, "),
         ({"extra_config": {"blend_policy_options": [1]}}, r"extra_config\['blend_policy_options'\]=\[1\]: must be"),
-        ({"extra_config": {"blend_policy_options": {"k": 1}}}, "its options: check_layers, tensor, ratios, thresholds"),
+        ({"extra_config": {"blend_policy_options": {"k": 1}}}, "its options: share, span, layers, heads"),
     ],
 )
 def test_a_bad_policy_is_refused_in_words(values: dict[str, object], message: str) -> None:
@@ -89,13 +94,15 @@ def test_a_bad_policy_is_refused_in_words(values: dict[str, object], message: st
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"),
+    ("values", "message"),
     [
         ({"blend_corrector": "shift"}, "unknown corrector 'shift': must be one of none, key_shift, "),
-        ({"blend_corrector": 3}, r"extra_config\['blend_corrector'\]=3: must be the name of a corrector"),
-        ({"blend_corrector_options": "wide"}, r"extra_config\['blend_corrector_options'\]='wide': must be a mapping"),
+        (
+            {"extra_config": {"blend_corrector_options": "wide"}},
+            r"extra_config\['blend_corrector_options'\]='wide': must be a mapping",
+        ),
     ],
 )
-def test_a_bad_corrector_is_refused_in_words(extra: dict[str, object], message: str) -> None:
+def test_a_bad_corrector_is_refused_in_words(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_corrector_from_config(config_of(extra_config=extra))
+        make_corrector_from_config(config_of(**values))

@@ -12,6 +12,7 @@ from typing import Any
 
 from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.correctors.key_shift import KeyShiftCorrector
+from lmcache.blend.correctors.kriging import KrigingCorrector
 from lmcache.blend.correctors.local_key_shift import LocalKeyShiftCorrector
 from lmcache.blend.correctors.none import NoneCorrector
 from lmcache.blend.plugins import PluginRegistry
@@ -20,7 +21,7 @@ CORRECTORS: PluginRegistry[Corrector] = PluginRegistry(
     "corrector",
     "lmcache.blend_correctors",
     Corrector,
-    (NoneCorrector, KeyShiftCorrector, LocalKeyShiftCorrector),
+    (NoneCorrector, KeyShiftCorrector, LocalKeyShiftCorrector, KrigingCorrector),
 )
 
 

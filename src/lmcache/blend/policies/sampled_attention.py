@@ -28,7 +28,7 @@ class SampledAttentionPolicy(SelectionPolicy):
         self,
         share: float = 0.02,
         span: int = 8,
-        layers: LayerChoice = (0.4, 1.0),
+        layers: LayerChoice = "late",
         heads: HeadReduction = "mean",
     ) -> None:
         if not 0 < share <= 1:

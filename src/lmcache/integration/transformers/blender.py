@@ -14,6 +14,7 @@ from lmcache.blend.batch import BlendPrompt
 from lmcache.blend.blend_pass import BlendResult, blend
 from lmcache.blend.correctors import make_corrector
 from lmcache.blend.correctors.interface import Corrector
+from lmcache.blend.from_config import make_corrector_from_config, make_policy_from_config, recompute_ratio
 from lmcache.blend.plan import BlendPlan, ReusedSpan
 from lmcache.blend.policies import make_policy
 from lmcache.blend.policies.interface import SelectionPolicy
@@ -38,12 +39,14 @@ class CacheBlend:
 
     Args:
         model: a transformers causal language model in eval mode.
-        policy: which tokens of reused passages are computed afresh; a name or an object.
-        corrector: how the others follow; a name or an object.
-        ratio: the share of reused tokens that the policy may choose, 0 … 1.
+        policy: which tokens of reused passages are computed afresh; a name or an object. None: as ``config`` says
+            (``blend_policy``); likewise ``corrector``, how the others follow (``blend_corrector``).
+        ratio: the share of reused tokens that the policy may choose, 0 … 1; None: the last of
+            ``blend_recompute_ratios``.
         engine: where KV is kept; built for the model by ``LMCacheManager`` with :func:`engine_metadata`, and stays the
             caller's to close. None: one is built, and closed with this object.
-        config: of the engine that is built; None: ``LMCacheEngineConfig.from_env()``.
+        config: for what is not given, and of the engine that is built. None: that of ``engine``, or else
+            ``LMCacheEngineConfig.from_env()``.
         cache_salt: objects with other salts share no passages.
 
     Raises:
@@ -55,23 +58,25 @@ class CacheBlend:
         self,
         model: Any,
         *,
-        policy: str | SelectionPolicy = "query_attention",
-        corrector: str | Corrector = "key_shift",
-        ratio: float = 0.15,
+        policy: str | SelectionPolicy | None = None,
+        corrector: str | Corrector | None = None,
+        ratio: float | None = None,
         engine: LMCacheEngine | None = None,
         config: LMCacheEngineConfig | None = None,
         cache_salt: str = "",
     ) -> None:
+        if config is None:
+            config = LMCacheEngineConfig.from_env() if engine is None else engine.config
+        ratio = recompute_ratio(config) if ratio is None else ratio
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio={ratio}: the recompute ratio must be 0 … 1")
         self._ropes = supported_ropes(model)
         self._model = TransformersModel(model)
-        self._policy = _policy(policy)
-        self._corrector = _corrector(corrector)
+        self._policy = make_policy_from_config(config) if policy is None else _policy(policy)
+        self._corrector = make_corrector_from_config(config) if corrector is None else _corrector(corrector)
         self._ratio = ratio
         try_out(self._model, self._ropes)
         if engine is None:
-            config = config or LMCacheEngineConfig.from_env()
             manager = LMCacheManager(config, engine_metadata(model, config.chunk_size))
             engine, close = manager.engine, manager.close
         else:
