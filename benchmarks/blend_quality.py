@@ -1,4 +1,4 @@
-"""The quality figures of docs/cacheblend.md: many runs of `lmcache evaluate` side by side, and their rows as one report.
+"""The quality figures of docs/cacheblend.md: runs of `lmcache evaluate` side by side, and their rows as one report.
 
 python benchmarks/blend_quality.py --model DIR --out DIR [--device cuda] [--tasks 100] [--minutes 7]
 
@@ -58,12 +58,11 @@ def run_shards(arguments: argparse.Namespace) -> None:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(number % arguments.gpus)}
         with (folder / "log").open("w") as log:
             running.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    while time.monotonic() < deadline and any(process.poll() is None for process in running):
+        time.sleep(1)
     for process in running:
-        try:
-            process.wait(timeout=max(1.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
+        process.terminate()
+        process.wait()
 
 
 def merge(out: Path, context: str) -> Report:
