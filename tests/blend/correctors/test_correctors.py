@@ -116,6 +116,14 @@ class TestKriging(CorrectorConformance):
                 moved[start:end] += (weights @ change.flatten(1)).view(-1, *moved.shape[1:])
         return keys, values
 
+    def test_a_long_passage_is_corrected_in_pieces(self) -> None:
+        """Tokens of another piece do not count, so that the cost of a token does not grow with the passage."""
+        layer = layer_of(Prompt(1500, ((0, 1500),), (10, 1400)))
+        first = layer_of(Prompt(1500, ((0, 750), (750, 1500)), (10, 1400)))
+        make_corrector("kriging").correct(layer)
+        make_corrector("kriging").correct(first)
+        assert torch.equal(layer.keys, first.keys)
+
     def test_a_cluster_of_outliers_counts_little_more_than_one_of_them(self) -> None:
         """Nine outliers side by side and one fair token: far from both, a mean would be nine tenths outliers."""
         layer = layer_of(Prompt(101, ((0, 100),), (0, 1, 2, 3, 4, 5, 6, 7, 8, 92)))

@@ -7,6 +7,9 @@ import torch
 from lmcache.blend.correctors.interface import Corrector, LayerCorrection
 from lmcache.blend.correctors.sampled_span import SampledSpan, sampled_spans
 
+# What a token costs grows with the tokens recomputed in the same piece, so long passages are cut.
+_LONGEST = 1024
+
 
 class KrigingCorrector(Corrector):
     """Predicts the change of each token that is not recomputed from those that are (kriging; Rasmussen and Williams,
@@ -19,7 +22,7 @@ class KrigingCorrector(Corrector):
 
     and each change has ``noise`` of its own. So recomputed tokens that stand close together, or are alike, count little
     more than one of them: those that draw attention are both, and are no fair sample of their passage. And tokens with
-    keys alike change alike.
+    keys alike change alike. A passage of more than 1,024 tokens is corrected in pieces.
 
     Args:
         passage: variance of what the changes of a passage have in common.
@@ -54,7 +57,7 @@ class KrigingCorrector(Corrector):
         self._noise = noise
 
     def correct(self, layer: LayerCorrection) -> None:
-        for span in sampled_spans(layer):
+        for span in sampled_spans(layer, _LONGEST):
             self._correct(span)
 
     def _correct(self, span: SampledSpan) -> None:
@@ -66,7 +69,8 @@ class KrigingCorrector(Corrector):
         known = keys[span.fresh]
         covariance = self._covariance(span.fresh[:, None] - span.fresh, known, known, spread)
         covariance.diagonal().add_(self._noise)
-        factor = torch.linalg.cholesky(covariance)
+        # Positive noise makes it positive definite: nothing need be checked, and an accelerator not be waited for.
+        factor, _ = torch.linalg.cholesky_ex(covariance)
         solved = [torch.cholesky_solve(tensor.change, factor) for tensor in (span.keys, span.values)]
         for tokens in span.blocks():
             weights = self._covariance(span.distances(tokens), keys[tokens], known, spread)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -48,11 +49,16 @@ class SampledSpan(NamedTuple):
         return (at[:, None] - self.fresh).to(self.keys.change.dtype)
 
 
-def sampled_spans(layer: LayerCorrection) -> Iterator[SampledSpan]:
+def sampled_spans(layer: LayerCorrection, longest: int | None = None) -> Iterator[SampledSpan]:
     """The spans with a recomputed token. Each stands alone, so that a prompt is corrected in a batch as it is alone, to
-    the bit."""
-    edges = torch.searchsorted(layer.rows, torch.tensor(layer.spans, device=layer.rows.device).reshape(-1, 2))
-    for (start, end), (first, last) in zip(layer.spans, edges.tolist(), strict=True):
+    the bit.
+
+    Args:
+        longest: a span of more tokens is cut into equal pieces, each of which counts as a span; None: none is.
+    """
+    bounds = [piece for span in layer.spans for piece in _cut(*span, longest)]
+    edges = torch.searchsorted(layer.rows, torch.tensor(bounds, device=layer.rows.device).reshape(-1, 2))
+    for (start, end), (first, last) in zip(bounds, edges.tolist(), strict=True):
         if first == last:
             continue
         fresh = layer.rows[first:last].to(layer.keys.device) - start
@@ -61,6 +67,12 @@ def sampled_spans(layer: LayerCorrection) -> Iterator[SampledSpan]:
             _sampled(layer.keys[start:end], fresh, layer.fresh_keys[first:last]),
             _sampled(layer.values[start:end], fresh, layer.fresh_values[first:last]),
         )
+
+
+def _cut(start: int, end: int, longest: int | None) -> Iterator[tuple[int, int]]:
+    pieces = 1 if longest is None else -(-(end - start) // longest)
+    edges = [start + (end - start) * piece // pieces for piece in range(pieces + 1)]
+    yield from pairwise(edges)
 
 
 def _sampled(moved: torch.Tensor, fresh: torch.Tensor, computed: torch.Tensor) -> SampledTensor:
