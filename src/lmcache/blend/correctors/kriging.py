@@ -61,29 +61,28 @@ class KrigingCorrector(Corrector):
             self._correct(span)
 
     def _correct(self, span: SampledSpan) -> None:
-        dtype = span.keys.change.dtype
-        keys = span.keys.moved.to(dtype).flatten(1)  # a copy: `add` changes the others
-        spread = keys.var(correction=0) if self._alike else keys.new_zeros(())
-        if not spread > 0:
-            keys = keys[:, :0]
-        known = keys[span.fresh]
-        covariance = self._covariance(span.fresh[:, None] - span.fresh, known, known, spread)
-        covariance.diagonal().add_(self._noise)
+        covariance = self._covariance(span)
+        among_fresh = covariance[span.fresh]
+        among_fresh.diagonal().add_(self._noise)
         # Positive noise makes it positive definite: nothing need be checked, and an accelerator not be waited for.
-        factor, _ = torch.linalg.cholesky_ex(covariance)
-        solved = [torch.cholesky_solve(tensor.change, factor) for tensor in (span.keys, span.values)]
-        for tokens in span.blocks():
-            weights = self._covariance(span.distances(tokens), keys[tokens], known, spread)
-            for tensor, solution in zip((span.keys, span.values), solved, strict=True):
-                tensor.add(tokens, weights @ solution)
+        factor, _ = torch.linalg.cholesky_ex(among_fresh)
+        change = torch.cat([span.keys.change, span.values.change], dim=1)
+        shift = covariance @ (torch.cholesky_inverse(factor) @ change)
+        width = span.keys.change.shape[1]
+        span.keys.add(slice(None), shift[:, :width])
+        span.values.add(slice(None), shift[:, width:])
 
-    def _covariance(
-        self, distances: torch.Tensor, keys: torch.Tensor, others: torch.Tensor, spread: torch.Tensor
-    ) -> torch.Tensor:
-        """``[n, m]`` of tokens with ``keys`` ``[n, kv_heads · dim]`` and ``others`` ``[m, …]``; without noise."""
-        near = torch.exp(-(distances.to(keys.dtype) / self._width).square() / 2)
-        covariance = self._passage + self._local * near
-        if keys.shape[1]:
-            apart = torch.cdist(keys, others).square() / keys.shape[1]
-            covariance += self._alike * torch.exp(-apart / (self._reach * spread))
+    def _covariance(self, span: SampledSpan) -> torch.Tensor:
+        """``[n, m]``, of every token with the recomputed ones; without noise."""
+        distances = span.distances(slice(0, len(span.keys.moved)))
+        covariance = self._passage + self._local * torch.exp(-(distances / self._width).square() / 2)
+        if self._alike:
+            keys = span.keys.moved.flatten(1).to(covariance.dtype)
+            keys = keys - keys.mean()
+            squares = keys.square().mean(1)
+            variance = squares.mean()
+            products = keys @ keys[span.fresh].T / keys.shape[1]
+            apart = squares[:, None] + squares[span.fresh] - 2 * products
+            # Equal keys all over a passage have no variance; they are alike.
+            covariance += self._alike * torch.exp(-apart / (self._reach * variance).clamp_min(1e-30))
         return covariance
