@@ -32,7 +32,7 @@ def evaluate(
         typer.Option("--policies", help="Comma-separated, options in parentheses: none,sink(k=4) (default: all)."),
     ] = None,
     correctors: Annotated[
-        str | None, typer.Option("--correctors", help='Likewise; "none" is one (default: all).')
+        str | None, typer.Option("--correctors", help='Likewise (default: "none" and the one that is used by default).')
     ] = None,
     budgets: Annotated[
         str, typer.Option("--budgets", help="Charged budgets: shares of the reused tokens' QKV to compute afresh.")

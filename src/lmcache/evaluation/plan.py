@@ -8,10 +8,11 @@ from typing import cast
 
 import torch
 
-from lmcache.blend.correctors import CORRECTORS, make_corrector
+from lmcache.blend.correctors import make_corrector
 from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.policies import POLICIES, make_policy
 from lmcache.blend.policies.interface import SelectionPolicy
+from lmcache.config import LMCacheEngineConfig
 from lmcache.evaluation.earlier_prompt import CONTEXTS, Context
 from lmcache.evaluation.errors import EvaluationError
 from lmcache.evaluation.spelled import items, make_all
@@ -55,7 +56,8 @@ class Plan:
         seed: int,
         threads: int | None,
     ) -> Plan:
-        """``policies``, ``correctors`` and ``budgets`` are comma-separated; None for the first two means all there are.
+        """``policies``, ``correctors`` and ``budgets`` are comma-separated. None: all policies there are; no corrector
+        and the default one.
 
         Raises:
             EvaluationError: one of these is not what it must be.
@@ -71,7 +73,7 @@ class Plan:
             tasks=tasks,
             tasks_from=tasks_from,
             policies=make_all("--policies", policies or ",".join(POLICIES.names()), make_policy),
-            correctors=make_all("--correctors", correctors or ",".join(CORRECTORS.names()), make_corrector),
+            correctors=make_all("--correctors", correctors or f"none,{_default_corrector()}", make_corrector),
             budgets=[_budget(item) for item in items("--budgets", budgets)],
             context=cast(Context, context),
             dtype=dtype,
@@ -79,6 +81,10 @@ class Plan:
             seed=seed,
             threads=threads,
         )
+
+
+def _default_corrector() -> str:
+    return LMCacheEngineConfig.from_defaults().blend_corrector
 
 
 def _budget(text: str) -> float:

@@ -16,9 +16,9 @@ class LayerCorrection:
     """One layer, before its attention.
 
     ``keys`` ``[N, kv_heads, dim]`` and ``values`` are the moved KV of the whole batch, to be changed in place. Row
-    ``rows[i]`` was computed afresh: ``fresh_keys[i]``, ``fresh_values[i]``. A span is the half-open row range of one
-    reused passage. ``positions`` (int64 ``[N]``) and ``rope`` (None: the layer has none) let one think in un-rotated
-    keys.
+    ``rows[i]`` was computed afresh (rows ascend): ``fresh_keys[i]``, ``fresh_values[i]``. A span is the half-open row
+    range of one reused passage. ``positions`` (int64 ``[N]``) and ``rope`` (None: the layer has none) let one think in
+    un-rotated keys.
     """
 
     layer_id: int
