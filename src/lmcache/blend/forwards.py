@@ -36,6 +36,16 @@ class Scoring(NamedTuple):
     sinks: torch.Tensor | None
 
 
+class Fresh(NamedTuple):
+    """What the host computed for the forward's rows in one layer; see :class:`lmcache.blend.host.Attend`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scoring: Scoring
+    sliding_window: int | None
+
+
 class BlendForward(ABC):
     """One forward over the rows that are True in ``computed`` (bool ``[N]``)."""
 
@@ -43,6 +53,8 @@ class BlendForward(ABC):
         self.batch = batch
         self.kv = kv
         self.rows = torch.nonzero(computed)[:, 0]
+        # Rows that are neither computed nor reused mean nothing, and are not looked at.
+        self._known = computed | batch.reusable | batch.exact
         self.positions = batch.positions[self.rows]
         edges = torch.searchsorted(self.rows, torch.tensor([*(start for start, _ in batch.prompts), batch.num_rows]))
         at = edges.tolist()
@@ -75,58 +87,38 @@ class BlendForward(ABC):
         """See :class:`lmcache.blend.host.Attend`."""
         layer = self.kv.layer(layer_id, k, v)
         scoring = Scoring(scale, softcap, sinks)
-        self.take(layer, q, k, v, scoring, sliding_window)
+        self.take(layer, Fresh(q, k, v, scoring, sliding_window))
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for part, mask in zip(self.parts, self.masks(layer, sliding_window), strict=True):
+        for part, mask in zip(self.parts, self._masks_of(sliding_window, q.device), strict=True):
             out[part.queries] = sparse_attention(
                 q[part.queries], layer.keys[part.keys], layer.values[part.keys], mask, **scoring._asdict()
             )
         return out
 
     @abstractmethod
-    def take(
-        self,
-        layer: LayerKV,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scoring: Scoring,
-        sliding_window: int | None,
-    ) -> None:
+    def take(self, layer: LayerKV, fresh: Fresh) -> None:
         """Put the fresh rows into ``layer`` and look at what this forward is run for, before its attention."""
 
-    def masks(self, layer: LayerKV, sliding_window: int | None) -> list[QueryMask]:
-        """One a part. The same rows are known at every layer of a forward, so they are made once a window."""
-        if sliding_window not in self._masks:
-            known = self.kv.known(layer)
-            self._masks[sliding_window] = [
-                self.mask(part, part.queries, known, sliding_window, layer.keys.device) for part in self.parts
-            ]
-        return self._masks[sliding_window]
-
-    def mask(
-        self, part: Part, queries: slice, known: torch.Tensor, sliding_window: int | None, device: torch.device
-    ) -> QueryMask:
-        seen = known[part.keys]
+    def mask(self, part: Part, queries: slice, sliding_window: int | None, device: torch.device) -> QueryMask:
+        """For some of the forward's rows, of one prompt."""
+        known = self._known[part.keys]
         return QueryMask(
-            self.positions[queries].to(device), sliding_window, None if bool(seen.all()) else seen.to(device)
+            self.positions[queries].to(device), sliding_window, None if bool(known.all()) else known.to(device)
         )
+
+    def _masks_of(self, sliding_window: int | None, device: torch.device) -> list[QueryMask]:
+        """One a part, made once a window."""
+        if sliding_window not in self._masks:
+            self._masks[sliding_window] = [self.mask(part, part.queries, sliding_window, device) for part in self.parts]
+        return self._masks[sliding_window]
 
 
 class Recompute(BlendForward):
     """The forward that counts: what is not computed is corrected, what is computed overwrites it."""
 
-    def take(
-        self,
-        layer: LayerKV,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scoring: Scoring,
-        sliding_window: int | None,
-    ) -> None:
-        self.kv.correct(layer, self.rows, k, v)
-        layer.write(self.rows, k, v)
+    def take(self, layer: LayerKV, fresh: Fresh) -> None:
+        self.kv.correct(layer, self.rows, fresh.k, fresh.v)
+        layer.write(self.rows, fresh.k, fresh.v)
 
 
 class MeasureDeviation(Recompute):
@@ -140,17 +132,9 @@ class MeasureDeviation(Recompute):
         self._tensor = tensor
         self.deviation = torch.full((batch.num_rows,), -torch.inf)
 
-    def take(
-        self,
-        layer: LayerKV,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scoring: Scoring,
-        sliding_window: int | None,
-    ) -> None:
-        layer.measure(self.rows, k, v)
-        super().take(layer, q, k, v, scoring, sliding_window)
+    def take(self, layer: LayerKV, fresh: Fresh) -> None:
+        layer.measure(self.rows, fresh.k, fresh.v)
+        super().take(layer, fresh)
         if layer.layer_id == self._last_layer:
             self._read(layer)
             raise StopForward
@@ -191,27 +175,19 @@ class ScoreAttention(BlendForward):
         self._query_masks: dict[int | None, list[QueryMask]] = {}
         self.received = torch.zeros(batch.num_rows)
 
-    def take(
-        self,
-        layer: LayerKV,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scoring: Scoring,
-        sliding_window: int | None,
-    ) -> None:
-        layer.write(self.rows, k, v)
+    def take(self, layer: LayerKV, fresh: Fresh) -> None:
+        layer.write(self.rows, fresh.k, fresh.v)
         if layer.layer_id not in self._layers:
             return
         queries = [self._asking(part) for part in self.parts]
-        if sliding_window not in self._query_masks:
-            known = self.kv.known(layer)
-            self._query_masks[sliding_window] = [
-                self.mask(part, asking, known, sliding_window, q.device)
+        window = fresh.sliding_window
+        if window not in self._query_masks:
+            self._query_masks[window] = [
+                self.mask(part, asking, window, fresh.q.device)
                 for part, asking in zip(self.parts, queries, strict=True)
             ]
-        for part, asking, mask in zip(self.parts, queries, self._query_masks[sliding_window], strict=True):
-            by_head = attention_received(q[asking], layer.keys[part.keys], mask, **scoring._asdict())
+        for part, asking, mask in zip(self.parts, queries, self._query_masks[window], strict=True):
+            by_head = attention_received(fresh.q[asking], layer.keys[part.keys], mask, **fresh.scoring._asdict())
             score = by_head.mean(0) if self._heads == "mean" else by_head.amax(0)
             self.received[part.keys] += score.cpu() / len(self._layers)
         if layer.layer_id == self._last_layer:

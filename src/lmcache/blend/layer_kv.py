@@ -137,10 +137,6 @@ class BatchKV:
         )
         self.seconds["correct"] += time.perf_counter() - start
 
-    def known(self, layer: LayerKV) -> torch.Tensor:
-        """bool ``[N]``: rows whose K and V mean something."""
-        return layer.fresh | self._batch.reusable | self._batch.exact
-
     def tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """K and V of every layer, in order."""
         layers = [self._layers[index] for index in sorted(self._layers)]

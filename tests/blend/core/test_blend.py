@@ -276,6 +276,30 @@ def test_the_question_scores_by_the_attention_that_it_pays():
         torch.testing.assert_close(policy.scores.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_of_many_new_tokens_the_question_sees_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out has no KV yet: nothing of it may be looked at, whatever a policy asked before."""
+    monkeypatch.setattr("lmcache.blend.blend_pass._MAX_SCORING_ROWS", 9)
+    monkeypatch.setattr("lmcache.blend.blend_pass._SCORING_HEAD_ROWS", 3)
+    ids, prompt = two_passages()  # new: 0-3, 24-26, 43-49
+
+    class AsksTwice(Asking):
+        def select(self, context: SelectionContext) -> torch.Tensor:
+            if self.options.pop("look_first"):
+                context.deviation(1)
+            return super().select(context)
+
+    received = []
+    for look_first in (False, True):
+        policy = AsksTwice(layers=[3], look_first=look_first)
+        host = TinyHost(MODEL, [ids])
+        blend(host, [prompt], ROPES, policy, AsItIs())
+        assert host.forwards[int(look_first)].tolist() == [0, 1, 2, 44, 45, 46, 47, 48, 49]
+        assert policy.scores[[3, 24, 25, 26, 43]].tolist() == [0.0] * 5
+        received.append(policy.scores)
+    assert received[0].sum() == pytest.approx(1.0)
+    assert received[1].sum() == pytest.approx(1.0)
+
+
 def test_the_question_is_asked_only_as_deep_as_it_is_scored():
     ids, prompt = two_passages()
     host = TinyHost(MODEL, [ids])
