@@ -211,5 +211,5 @@ def test_the_table_remembers_the_last_place_of_every_hash(calls):
 def test_says_what_is_wrong():
     with pytest.raises(ValueError, match="chunk_size=31"):
         PassageIndex(31)
-    with pytest.raises(ValueError, match="64 tokens, got 3"):
-        PassageIndex(64).add("key", text(3, 0), 0)
+    with pytest.raises(ValueError, match="at most 64 tokens, got 65"):
+        PassageIndex(64).add("key", text(65, 0), 0)

@@ -7,6 +7,7 @@ nothing but these tokens, so a passage has the same anchors in every prompt, how
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 
 import numpy as np
@@ -22,8 +23,14 @@ _MIX = np.uint64(0xD6E8FEB86659FD93)
 _HALF = np.uint64(32)
 
 
-def anchors(tokens: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-    """Where the anchors of ``tokens`` begin, ascending, and the hashes of their windows."""
+def anchors(
+    tokens: npt.NDArray[np.uint32], also: Collection[int] = ()
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    """Where the anchors of ``tokens`` begin, ascending, and the hashes of their windows.
+
+    Args:
+        also: places whose windows count as anchors whatever their hashes; those without a whole window do not count.
+    """
     count = len(tokens) - WINDOW + 1
     if count < 1:
         return np.empty(0, np.int64), np.empty(0, np.uint64)
@@ -34,7 +41,10 @@ def anchors(tokens: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.int64], npt.
     hashes = (sums[WINDOW:] - sums[:-WINDOW]) * inverses[:count]
     hashes = (hashes ^ (hashes >> _HALF)) * _MIX
     hashes ^= hashes >> _HALF
-    starts = np.flatnonzero((hashes & np.uint64(DENSITY - 1)) == 0)
+    chosen = (hashes & np.uint64(DENSITY - 1)) == 0
+    if also:
+        chosen[[place for place in also if 0 <= place < count]] = True
+    starts = np.flatnonzero(chosen)
     return starts, hashes[starts]
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from lmcache.segmentation.anchor_table import AnchorTable
 from lmcache.segmentation.anchors import WINDOW, anchors
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
-_BLOCK_CHUNKS = 4096
+_BLOCK_CHUNKS = 256
 # A chunk that many others followed (the end of a system prompt, say) is not worth trying all: those have anchors too.
 _MAX_CHILDREN = 16
 
@@ -50,6 +51,9 @@ class PassageIndex(Generic[KeyT]):
     A prompt is searched for the anchors of all chunks; from an anchor, a match grows to both sides token by token, over
     the borders of chunks, so it ends exactly where the texts part. Every token of a match was compared. About
     ``4 · chunk_size + 300`` bytes of host memory a chunk. Thread-safe.
+
+    Chunks of different namespaces (tenants, adapters) never meet. A *seam* is a place where a passage is known to
+    begin: the window there is an anchor whatever its hash, so that short passages are found for certain.
     """
 
     def __init__(self, chunk_size: int) -> None:
@@ -64,6 +68,8 @@ class PassageIndex(Generic[KeyT]):
         self._ids: dict[KeyT, int] = {}
         self._keys: list[KeyT | None] = []
         self._starts: list[int] = []
+        self._lengths: list[int] = []
+        self._namespaces: list[bytes] = []
         self._before: list[int] = []
         self._behind: defaultdict[int, list[int]] = defaultdict(list)
         self._free: list[int] = []
@@ -74,22 +80,41 @@ class PassageIndex(Generic[KeyT]):
     def __contains__(self, key: KeyT) -> bool:
         return key in self._ids
 
-    def add(self, key: KeyT, tokens: npt.NDArray[np.uint32], start: int, before: KeyT | None = None) -> None:
-        """Note a chunk. One that is there already stays as it is.
+    def keys(self) -> list[KeyT]:
+        """A snapshot."""
+        with self._lock:
+            return list(self._ids)
+
+    def add(
+        self,
+        key: KeyT,
+        tokens: npt.NDArray[np.uint32],
+        start: int,
+        before: KeyT | None = None,
+        *,
+        namespace: bytes = b"",
+        seams: Collection[int] = (),
+    ) -> None:
+        """Note a chunk. One that is there already stays as it is; one too short for a window is not noted.
 
         Args:
-            tokens: ``chunk_size`` token ids.
+            tokens: at most ``chunk_size`` token ids; fewer where a prompt ends.
             start: position of the first in its prompt.
             before: key of the chunk that stood before it there.
+            namespace: what keeps it apart from others.
+            seams: counted from its first token.
         """
-        if len(tokens) != self._size:
-            raise ValueError(f"a chunk has {self._size} tokens, got {len(tokens)}")
-        at, hashes = anchors(tokens)
+        if len(tokens) > self._size:
+            raise ValueError(f"a chunk has at most {self._size} tokens, got {len(tokens)}")
+        if len(tokens) < WINDOW or key in self._ids:
+            return
+        at, hashes = anchors(tokens, seams)
+        hashes ^= _salt(namespace)
         # Growing takes seconds when there are millions; only other writers wait for that.
         with self._writing:
             if self._table.full(len(at)):
                 self._table = self._table.successor(lambda places: self._alive()[places // self._size])
-            self._add(key, tokens, start, before, at, hashes)
+            self._add(key, tokens, start, before, namespace, at, hashes)
 
     def _add(
         self,
@@ -97,6 +122,7 @@ class PassageIndex(Generic[KeyT]):
         tokens: npt.NDArray[np.uint32],
         start: int,
         before: KeyT | None,
+        namespace: bytes,
         at: npt.NDArray[np.int64],
         hashes: npt.NDArray[np.uint64],
     ) -> None:
@@ -105,9 +131,12 @@ class PassageIndex(Generic[KeyT]):
                 return
             chunk = self._new_id()
             self._ids[key] = chunk
-            self._keys[chunk], self._starts[chunk] = key, start
-            self._tokens(chunk)[:] = tokens
+            self._keys[chunk], self._starts[chunk], self._lengths[chunk] = key, start, len(tokens)
+            self._namespaces[chunk] = namespace
+            self._block(chunk)[: len(tokens)] = tokens
             parent = self._ids.get(before, -1) if before is not None else -1
+            if parent >= 0 and self._namespaces[parent] != namespace:
+                parent = -1
             self._before[chunk] = parent
             if parent >= 0:
                 self._behind[parent].append(chunk)
@@ -126,12 +155,24 @@ class PassageIndex(Generic[KeyT]):
                 self._behind[self._before[chunk]].remove(chunk)
             self._free.append(chunk)
 
-    def find(self, tokens: npt.NDArray[np.uint32], min_tokens: int = WINDOW) -> list[PassageMatch[KeyT]]:
+    def find(
+        self,
+        tokens: npt.NDArray[np.uint32],
+        min_tokens: int = WINDOW,
+        *,
+        namespace: bytes = b"",
+        seams: Collection[int] = (),
+    ) -> list[PassageMatch[KeyT]]:
         """What of ``tokens`` stood in earlier prompts, in runs of at least ``min_tokens``, by where they begin.
 
         Matches may overlap, where a text stood in several places and each goes on in another way.
+
+        Args:
+            seams: where passages are known to begin. One that was noted so is found if it has two windows.
         """
-        at, hashes = anchors(tokens)
+        # Where a seam had no whole window left in its chunk, the next chunk's start took its place.
+        at, hashes = anchors(tokens, [place for seam in seams for place in range(seam, seam + WINDOW)])
+        hashes ^= _salt(namespace)
         matches: list[PassageMatch[KeyT]] = []
         with self._lock:
             places = self._table.get(hashes)
@@ -140,7 +181,10 @@ class PassageIndex(Generic[KeyT]):
             for position, place in zip(at[known].tolist(), places[known].tolist(), strict=True):
                 if position + WINDOW <= covered:
                     continue
-                pieces = self._grown(tokens, position, *divmod(place, self._size))
+                chunk, offset = divmod(place, self._size)
+                if self._namespaces[chunk] != namespace:
+                    continue
+                pieces = self._grown(tokens, position, chunk, offset)
                 if not pieces:
                     continue
                 covered = max(covered, pieces[-1].end)
@@ -171,7 +215,8 @@ class PassageIndex(Generic[KeyT]):
             if same < offset:
                 break
             position -= same
-            chunk, offset = self._before[chunk], self._size
+            chunk = self._before[chunk]
+            offset = self._lengths[chunk] if chunk >= 0 else 0
         return pieces[::-1]
 
     def _rightwards(self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int) -> list[Piece[KeyT]]:
@@ -180,7 +225,7 @@ class PassageIndex(Generic[KeyT]):
         same = self._common(tokens, position, chunk, offset)
         while same:
             self._piece(pieces, position, position + same, chunk, offset)
-            if offset + same < self._size:
+            if offset + same < self._lengths[chunk]:
                 break
             position += same
             offset = 0
@@ -191,7 +236,7 @@ class PassageIndex(Generic[KeyT]):
 
     def _common(self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int) -> int:
         """How many tokens from ``position`` on are those of ``chunk`` from ``offset`` on."""
-        length = min(len(tokens) - position, self._size - offset)
+        length = max(0, min(len(tokens) - position, self._lengths[chunk] - offset))
         differs = tokens[position : position + length] != self._tokens(chunk)[offset : offset + length]
         return int(differs.argmax()) if differs.any() else length
 
@@ -211,10 +256,21 @@ class PassageIndex(Generic[KeyT]):
             self._blocks.append(np.zeros((_BLOCK_CHUNKS, self._size), np.uint32))
         self._keys.append(None)
         self._starts.append(0)
+        self._lengths.append(0)
+        self._namespaces.append(b"")
         self._before.append(-1)
         return chunk
 
-    def _tokens(self, chunk: int) -> npt.NDArray[np.uint32]:
+    def _block(self, chunk: int) -> npt.NDArray[np.uint32]:
         block, row = divmod(chunk, _BLOCK_CHUNKS)
-        tokens: npt.NDArray[np.uint32] = self._blocks[block][row]
-        return tokens
+        room: npt.NDArray[np.uint32] = self._blocks[block][row]
+        return room
+
+    def _tokens(self, chunk: int) -> npt.NDArray[np.uint32]:
+        return self._block(chunk)[: self._lengths[chunk]]
+
+
+def _salt(namespace: bytes) -> np.uint64:
+    """Keeps the anchors of namespaces apart, so that the common texts of many tenants do not crowd each other out."""
+    salt: np.uint64 = np.uint64(int.from_bytes(blake3(namespace).digest(8), "little") if namespace else 0)
+    return salt

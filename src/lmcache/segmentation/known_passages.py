@@ -1,0 +1,159 @@
+"""``KnownPassages``: every text that the cache holds KV of, to be found in any prompt, also after a restart."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache.keys import CacheKey
+from lmcache.observability.logging import init_logger, log_limited
+from lmcache.segmentation.anchors import WINDOW
+from lmcache.segmentation.passage_catalog import CatalogRow, PassageCatalog
+from lmcache.segmentation.passage_index import PassageIndex, PassageMatch, Piece
+
+logger = init_logger(__name__)
+
+_MIN_SWEEP = 1024
+
+
+class KnownChunk(NamedTuple):
+    """A chunk of which the cache holds the KV: its ``tokens``, and the position of the first in its prompt."""
+
+    key: CacheKey
+    tokens: npt.NDArray[np.uint32]
+    start: int
+
+
+class KnownPassages:
+    """A :class:`PassageIndex` that follows what the cache evicts and, with a catalog, outlives the process.
+
+    A fault of the catalog's medium is logged, and costs what was known before a restart. Thread-safe.
+    """
+
+    def __init__(
+        self, chunk_size: int, alive: Callable[[CacheKey], bool], catalog: PassageCatalog | None = None
+    ) -> None:
+        """Takes over ``catalog``, and reads it in the background; ``loaded`` is set when that is done.
+
+        Args:
+            alive: whether the cache still holds a key; takes microseconds at most.
+        """
+        self._index: PassageIndex[CacheKey] = PassageIndex(max(chunk_size, WINDOW))
+        self._alive = alive
+        self._catalog = catalog
+        self._lock = threading.Lock()
+        self._added = 0
+        self._closed = False
+        self.loaded = threading.Event()
+        if catalog is None:
+            self.loaded.set()
+        else:
+            self._loading = threading.Thread(target=self._load, name="lmcache-passages", daemon=True)
+            self._loading.start()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def add_prompt(
+        self, chunks: Sequence[KnownChunk], seams: Sequence[int] = (), *, before: CacheKey | None = None
+    ) -> None:
+        """Note consecutive chunks of one prompt, all of one namespace.
+
+        Args:
+            seams: positions of that prompt at which passages are known to begin.
+            before: the chunk in front of the first, if it is known too.
+        """
+        for chunk in chunks:
+            # A seam too close to the end of its chunk for a window moves to the start of the next.
+            inside = {max(0, seam - chunk.start) for seam in seams if -WINDOW < seam - chunk.start < len(chunk.tokens)}
+            # A prompt is searched from where its exact prefix ends, which is where a chunk begins.
+            row = CatalogRow(chunk.key, chunk.tokens, chunk.start, before, tuple(sorted(inside | {0})))
+            if self._note(row) and self._catalog is not None:
+                self._catalog.put(row)
+            before = chunk.key
+        self._sweep_if_due()
+
+    def find(
+        self, tokens: npt.NDArray[np.uint32], namespace: bytes, min_tokens: int = WINDOW, seams: Sequence[int] = ()
+    ) -> list[PassageMatch[CacheKey]]:
+        """What of ``tokens`` the cache holds, in runs of at least ``min_tokens``; see :meth:`PassageIndex.find`.
+
+        Their beginning counts as a seam.
+        """
+        matches = self._index.find(tokens, min_tokens, namespace=namespace, seams=(0, *seams))
+        return [run for match in matches for run in self._living(match) if run.end - run.start >= min_tokens]
+
+    def clear(self) -> None:
+        """Forget what the cache has forgotten."""
+        self._sweep()
+
+    def close(self) -> None:
+        """Write what is queued. Idempotent."""
+        self._closed = True
+        if self._catalog is not None:
+            self._loading.join()
+            self._catalog.close()
+
+    def _note(self, row: CatalogRow) -> bool:
+        """Whether it is new."""
+        if row.key in self._index or len(row.tokens) < WINDOW:
+            return False
+        with self._lock:
+            self._added += 1
+        self._index.add(row.key, row.tokens, row.start, row.before, namespace=row.key.namespace_id, seams=row.seams)
+        return True
+
+    def _discard(self, key: CacheKey) -> None:
+        self._index.discard(key)
+        if self._catalog is not None:
+            self._catalog.remove(key)
+
+    def _living(self, match: PassageMatch[CacheKey]) -> Iterator[PassageMatch[CacheKey]]:
+        """The parts of ``match`` between chunks that were evicted."""
+        run: list[Piece[CacheKey]] = []
+        for piece in [*match.pieces, None]:
+            if piece is not None and self._alive(piece.key):
+                run.append(piece)
+                continue
+            if piece is not None:
+                self._discard(piece.key)
+            if run:
+                old_start = match.old_start + run[0].start - match.start
+                yield replace(match, start=run[0].start, end=run[-1].end, old_start=old_start, pieces=tuple(run))
+                run = []
+
+    def _sweep_if_due(self) -> None:
+        with self._lock:
+            due = self._added > max(_MIN_SWEEP, len(self._index) // 2)
+        if due:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        with self._lock:
+            self._added = 0
+        for key in self._index.keys():  # noqa: SIM118 - not a mapping
+            if not self._alive(key):
+                self._discard(key)
+
+    def _load(self) -> None:
+        assert self._catalog is not None
+        try:
+            for row in self._catalog.rows():
+                if self._closed:
+                    return
+                if self._alive(row.key):
+                    self._note(row)
+                else:
+                    self._catalog.remove(row.key)
+        except Exception as error:
+            log_limited(
+                logger, logging.ERROR, "passages:load", "passages of an earlier run are not found again: %r", error
+            )
+        finally:
+            self.loaded.set()
