@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lmcache.blend.cpu_linear import linear
+
 # Rows a tile: keys beyond a tile's last query are not read, so smaller tiles waste less; at 64 the matrix products are
 # still as fast as at 256 (measured on one CPU core).
 _TILE = 64
@@ -45,7 +47,7 @@ class QueryMask:
         self._window = sliding_window
         self._known = known
         self._kept: dict[QueryTile, torch.Tensor] = {}
-        at = positions.tolist()
+        at = self._at = positions.tolist()
         self.tiles = []
         for start in range(0, len(at), _TILE):
             end = min(start + _TILE, len(at))
@@ -53,6 +55,12 @@ class QueryMask:
             self.tiles.append(QueryTile(start, end, first, at[end - 1] + 1))
         elements = sum((tile.end - tile.start) * (tile.key_end - tile.key_start) for tile in self.tiles)
         self._keep = elements <= _MAX_KEPT_MASK
+
+    def partly_hidden(self, tile: QueryTile) -> slice:
+        """Keys of a tile, counted from its first, beyond which on either side every query sees every key."""
+        if self._window is not None or self._known is not None:
+            return slice(0, tile.key_end - tile.key_start)
+        return slice(self._at[tile.start] + 1 - tile.key_start, tile.key_end - tile.key_start)
 
     def bias(self, tile: QueryTile, dtype: torch.dtype) -> torch.Tensor:
         """``[queries, keys]`` of a tile: 0 where seen, −inf where not."""
@@ -90,6 +98,8 @@ def sparse_attention(
         ``[n, query_heads, value_dim]`` in the dtype of ``q``.
     """
     out = q.new_empty(*q.shape[:2], v.shape[-1])
+    if q.device.type == "cpu":
+        return _on_cpu(q, k, v, mask, out, scale, softcap, sinks)
     for tile in mask.tiles:
         rows, keys = slice(tile.start, tile.end), slice(tile.key_start, tile.key_end)
         if softcap is None and sinks is None:
@@ -107,6 +117,54 @@ def sparse_attention(
             heads_first = (grouped @ v[keys].transpose(0, 1)[:, None]).flatten(0, 1)
         out[rows] = heads_first.transpose(0, 1)
     return out
+
+
+def _on_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: QueryMask,
+    out: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One matrix product for all queries of a KV head: on a CPU twice as fast as torch's own attention with a mask.
+
+    Scores are float32 also for 16-bit types; the weights are rounded to that of ``v``, as in flash attention.
+    """
+    kv_heads = k.shape[1]
+    group = q.shape[1] // kv_heads
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    queries = q.to(dtype) * scale
+    keys, values = k.to(dtype).transpose(0, 1).contiguous(), v.permute(1, 2, 0).contiguous()
+    for tile in mask.tiles:
+        rows, span = slice(tile.start, tile.end), slice(tile.key_start, tile.key_end)
+        hidden = mask.partly_hidden(tile)
+        bias = mask.bias(tile, dtype)[:, hidden]
+        for head in range(kv_heads):
+            heads = slice(head * group, (head + 1) * group)
+            asking = queries[rows, heads].transpose(0, 1).flatten(0, 1)
+            scores = linear(asking, keys[head, span])
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            by_query = scores.view(group, tile.end - tile.start, -1)
+            by_query[:, :, hidden] += bias
+            if sinks is None:
+                torch.softmax(scores, -1, out=scores)
+            else:
+                _softmax_with_sink(by_query, sinks[heads])
+            attended = linear(scores.to(v.dtype), values[head, :, span].contiguous())
+            out[rows, heads] = attended.view(group, tile.end - tile.start, -1).transpose(0, 1)
+    return out
+
+
+def _softmax_with_sink(scores: torch.Tensor, sinks: torch.Tensor) -> None:
+    """In place over the last dim of ``[heads, queries, keys]``; each head's sink takes its share and has no value."""
+    sink = sinks.to(scores.dtype)[:, None, None]
+    top = torch.maximum(scores.amax(-1, keepdim=True), sink)
+    torch.exp(scores.sub_(top), out=scores)
+    scores.div_(scores.sum(-1, keepdim=True) + torch.exp(sink - top))
 
 
 def attention_received(

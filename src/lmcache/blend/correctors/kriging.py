@@ -6,6 +6,7 @@ import torch
 
 from lmcache.blend.correctors.interface import Corrector, LayerCorrection
 from lmcache.blend.correctors.sampled_span import SampledSpan, sampled_spans
+from lmcache.blend.cpu_linear import linear
 
 # What a token costs grows with the tokens recomputed in the same piece, so long passages are cut.
 _LONGEST = 1024
@@ -67,7 +68,7 @@ class KrigingCorrector(Corrector):
         # Positive noise makes it positive definite: nothing need be checked, and an accelerator not be waited for.
         factor, _ = torch.linalg.cholesky_ex(among_fresh)
         change = torch.cat([span.keys.change, span.values.change], dim=1)
-        shift = covariance @ (torch.cholesky_inverse(factor) @ change)
+        shift = linear(covariance, (torch.cholesky_inverse(factor) @ change).T)
         width = span.keys.change.shape[1]
         span.keys.add(slice(None), shift[:, :width])
         span.values.add(slice(None), shift[:, width:])
@@ -75,13 +76,15 @@ class KrigingCorrector(Corrector):
     def _covariance(self, span: SampledSpan) -> torch.Tensor:
         """``[n, m]``, of every token with the recomputed ones; without noise."""
         distances = span.distances(slice(0, len(span.keys.moved)))
-        covariance = self._passage + self._local * torch.exp(-(distances / self._width).square() / 2)
+        exponent = -(distances / self._width).square() / 2
+        # Further away it is zero to rounding; results too small for normal numbers take ten times as long.
+        covariance = self._passage + self._local * torch.exp(exponent.clamp_min_(-80))
         if self._alike:
             keys = span.keys.moved.flatten(1).to(covariance.dtype)
             keys = keys - keys.mean()
             squares = keys.square().mean(1)
             variance = squares.mean()
-            products = keys @ keys[span.fresh].T / keys.shape[1]
+            products = linear(keys, keys[span.fresh]) / keys.shape[1]
             apart = squares[:, None] + squares[span.fresh] - 2 * products
             # Equal keys all over a passage have no variance; they are alike.
             covariance += self._alike * torch.exp(-apart / (self._reach * variance).clamp_min(1e-30))
