@@ -65,6 +65,9 @@ class BlendBatch:
             for index, ((start, _), prompt) in enumerate(zip(self.prompts, prompts, strict=True))
             for span in prompt.plan.spans
         )
+        self.edges = sorted(
+            {edge for rows in (*self.prompts, *(placed.rows for placed in self.placed)) for edge in rows}
+        )
         self.moved_spans = tuple(placed.rows for placed in self.placed if not placed.span.exact)
 
     def _joined(self, mask: Callable[[BlendPlan], torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from lmcache.blend.batch import BlendBatch, BlendPrompt
 from lmcache.blend.correctors.interface import Corrector
-from lmcache.blend.forwards import MeasureDeviation, Recompute, ScoreAttention
+from lmcache.blend.forwards import MeasureDeviation, OnLayer, Recompute, ScoreAttention
 from lmcache.blend.host import BlendHost
 from lmcache.blend.layer_kv import BatchKV, PromptLoadError
 from lmcache.blend.plan import BlendPlan
@@ -55,6 +55,8 @@ def blend(
     corrector: Corrector,
     *,
     seed: int = 0,
+    max_rows: int | None = None,
+    on_layer: OnLayer | None = None,
 ) -> BlendResult[Output]:
     """Blend a batch of prompts in one pass.
 
@@ -64,14 +66,21 @@ def blend(
     Args:
         ropes: one a layer, None for a layer that does not rotate its keys.
         seed: for policies that draw lots.
+        max_rows: no forward of the host has more; what takes more is run in pieces. ``output`` is then that of the last
+            piece, which need not hold the last row of every prompt.
+        on_layer: called with each layer's number, keys and values, in order, once they are final. They are let go then:
+            the result has none. When a passage fails to load in the middle, it begins again with layer 0.
     """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows={max_rows}: a forward has at least one row")
     if len(ropes) != host.num_layers:
         raise ValueError(f"ropes: expected one for each of {host.num_layers} layers, got {len(ropes)}")
     fallbacks: list[str | None] = [None] * len(prompts)
     attempt = list(prompts)
     while True:
         try:
-            return _Blend(host, BlendBatch(attempt), ropes, policy, corrector, seed).run(tuple(fallbacks))
+            batch = BlendBatch(attempt)
+            return _Blend(host, batch, ropes, policy, corrector, seed, max_rows).run(tuple(fallbacks), on_layer)
         except PromptLoadError as error:  # noqa: PERF203 - at most once a prompt
             failed = attempt[error.prompt]
             whole = BlendPlan(failed.plan.num_tokens, suffix_tokens=failed.plan.suffix_tokens)
@@ -90,15 +99,17 @@ class _Blend(Generic[Output]):
         policy: SelectionPolicy,
         corrector: Corrector,
         seed: int,
+        max_rows: int | None,
     ) -> None:
         self._host = host
         self._batch = batch
         self._kv = BatchKV(batch, ropes, corrector)
         self._policy = policy
         self._seed = seed
+        self._max_rows = max_rows
         self._probing = 0.0
 
-    def run(self, fallbacks: tuple[str | None, ...]) -> BlendResult[Output]:
+    def run(self, fallbacks: tuple[str | None, ...], on_layer: OnLayer | None) -> BlendResult[Output]:
         start = time.perf_counter()
         computed = self._select()
         plans = tuple(
@@ -107,7 +118,7 @@ class _Blend(Generic[Output]):
         )
         planned = time.perf_counter()
         before = self._moving()
-        output = Recompute(self._batch, self._kv, computed).run(self._host)
+        output = Recompute(self._batch, self._kv, computed, self._max_rows, on_layer).run(self._host)
         assert output is not None, "the host stopped a forward that nobody asked it to stop"
         recompute = time.perf_counter() - planned - (self._moving() - before)
         keys, values = self._kv.tensors()
@@ -150,7 +161,15 @@ class _Blend(Generic[Output]):
     def attention_received(self, *, span: int, layers: Sequence[int] | None, heads: HeadReduction) -> torch.Tensor:
         wanted = range(self._host.num_layers) if layers is None else layers
         start = time.perf_counter()
-        forward = ScoreAttention(self._batch, self._kv, self._scoring_rows(), span=span, layers=wanted, heads=heads)
+        forward = ScoreAttention(
+            self._batch,
+            self._kv,
+            self._scoring_rows(),
+            span=span,
+            layers=wanted,
+            heads=heads,
+            max_rows=self._max_rows,
+        )
         forward.run(self._host)
         self._probing += time.perf_counter() - start
         return forward.received
@@ -158,7 +177,7 @@ class _Blend(Generic[Output]):
     def deviation(self, layer: int, tensor: DeviationTensor, rows: torch.Tensor | None) -> torch.Tensor:
         start = time.perf_counter()
         looked_at = ~self._batch.exact if rows is None else rows
-        forward = MeasureDeviation(self._batch, self._kv, looked_at | self._batch.forced, layer, tensor)
+        forward = MeasureDeviation(self._batch, self._kv, looked_at | self._batch.forced, layer, tensor, self._max_rows)
         forward.run(self._host)
         self._probing += time.perf_counter() - start
         return forward.deviation

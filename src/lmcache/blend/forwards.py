@@ -7,8 +7,9 @@ an earlier forward computed stays in the KV, so a later one finds the layers tha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -19,6 +20,9 @@ from lmcache.blend.layer_kv import BatchKV, LayerKV
 from lmcache.blend.selection import DeviationTensor, HeadReduction
 
 Output = TypeVar("Output")
+
+OnLayer: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Takes a layer's number and its final K and V, ``[N, kv_heads, dim]`` of the whole batch."""
 
 
 class Part(NamedTuple):
@@ -46,34 +50,83 @@ class Fresh(NamedTuple):
     sliding_window: int | None
 
 
-class BlendForward(ABC):
-    """One forward over the rows that are True in ``computed`` (bool ``[N]``)."""
+class Piece:
+    """The rows of one call of the host.
 
-    def __init__(self, batch: BlendBatch, kv: BatchKV, computed: torch.Tensor) -> None:
-        self.batch = batch
-        self.kv = kv
-        self.rows = torch.nonzero(computed)[:, 0]
-        # Rows that are neither computed nor reused mean nothing, and are not looked at.
-        self._known = computed | batch.reusable | batch.exact
-        self.positions = batch.positions[self.rows]
-        edges = torch.searchsorted(self.rows, torch.tensor([*(start for start, _ in batch.prompts), batch.num_rows]))
+    ``rows`` (int64 ``[n]``) ascend; ``covers`` is the half-open range of the batch's rows whose KV is final with it,
+    ``last`` whether it is the last of its forward.
+    """
+
+    def __init__(
+        self, batch: BlendBatch, rows: torch.Tensor, known: torch.Tensor, covers: tuple[int, int], last: bool
+    ) -> None:
+        """``known``: bool ``[N]``, the rows that may be looked at."""
+        self.rows = rows
+        self.covers = covers
+        self.last = last
+        self.positions = batch.positions[rows]
+        edges = torch.searchsorted(rows, torch.tensor([*(start for start, _ in batch.prompts), batch.num_rows]))
         at = edges.tolist()
         self.parts = [
-            Part(slice(at[index], at[index + 1]), slice(*rows))
-            for index, rows in enumerate(batch.prompts)
+            Part(slice(at[index], at[index + 1]), slice(*prompt))
+            for index, prompt in enumerate(batch.prompts)
             if at[index] < at[index + 1]
         ]
+        self._known = known
         self._masks: dict[int | None, list[QueryMask]] = {}
 
-    def run(self, host: BlendHost[Output]) -> Output | None:
-        """None when the forward was stopped before its end."""
-        try:
-            return host.forward(self.rows, self.positions, self.attend)
-        except StopForward:
-            return None
+    def mask(self, part: Part, queries: slice, sliding_window: int | None, device: torch.device) -> QueryMask:
+        """For some of the piece's rows, of one prompt."""
+        known = self._known[part.keys]
+        return QueryMask(
+            self.positions[queries].to(device), sliding_window, None if bool(known.all()) else known.to(device)
+        )
 
-    def attend(
+    def masks(self, sliding_window: int | None, device: torch.device) -> list[QueryMask]:
+        """One a part, made once a window."""
+        if sliding_window not in self._masks:
+            self._masks[sliding_window] = [self.mask(part, part.queries, sliding_window, device) for part in self.parts]
+        return self._masks[sliding_window]
+
+
+class BlendForward(ABC):
+    """One forward over the rows that are True in ``computed`` (bool ``[N]``).
+
+    With ``max_rows`` it is run in pieces of at most so many rows, in order: a row looks at nothing behind it, so a
+    later piece finds all that it needs.
+    """
+
+    def __init__(self, batch: BlendBatch, kv: BatchKV, computed: torch.Tensor, max_rows: int | None = None) -> None:
+        self.batch = batch
+        self.kv = kv
+        # Rows that are neither computed nor reused mean nothing, and are not looked at.
+        known = computed | batch.reusable | batch.exact
+        rows = torch.nonzero(computed)[:, 0]
+        self.pieces: list[Piece] = []
+        begin = 0
+        for start, end in cut_rows(rows, batch.edges, max_rows):
+            last = end == len(rows)
+            stop = batch.num_rows if last else int(rows[end])
+            self.pieces.append(Piece(batch, rows[start:end], known, (begin, stop), last))
+            begin = stop
+
+    def run(self, host: BlendHost[Output]) -> Output | None:
+        """What the host gives for the last piece; None when that was stopped before its end."""
+        *_, output = self.steps(host)
+        return output
+
+    def steps(self, host: BlendHost[Output]) -> Iterator[Output | None]:
+        """:meth:`run`, a call of the host a step."""
+        for piece in self.pieces:
+            try:
+                output = host.forward(piece.rows, piece.positions, partial(self._attend, piece))
+            except StopForward:
+                output = None
+            yield output
+
+    def _attend(
         self,
+        piece: Piece,
         layer_id: int,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -87,61 +140,79 @@ class BlendForward(ABC):
         """See :class:`lmcache.blend.host.Attend`."""
         layer = self.kv.layer(layer_id, k, v)
         scoring = Scoring(scale, softcap, sinks)
-        self.take(layer, Fresh(q, k, v, scoring, sliding_window))
+        self.take(piece, layer, Fresh(q, k, v, scoring, sliding_window))
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for part, mask in zip(self.parts, self._masks_of(sliding_window, q.device), strict=True):
+        for part, mask in zip(piece.parts, piece.masks(sliding_window, q.device), strict=True):
             out[part.queries] = sparse_attention(
                 q[part.queries], layer.keys[part.keys], layer.values[part.keys], mask, **scoring._asdict()
             )
+        self.leave(piece, layer)
         return out
 
     @abstractmethod
-    def take(self, layer: LayerKV, fresh: Fresh) -> None:
+    def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
         """Put the fresh rows into ``layer`` and look at what this forward is run for, before its attention."""
 
-    def mask(self, part: Part, queries: slice, sliding_window: int | None, device: torch.device) -> QueryMask:
-        """For some of the forward's rows, of one prompt."""
-        known = self._known[part.keys]
-        return QueryMask(
-            self.positions[queries].to(device), sliding_window, None if bool(known.all()) else known.to(device)
-        )
-
-    def _masks_of(self, sliding_window: int | None, device: torch.device) -> list[QueryMask]:
-        """One a part, made once a window."""
-        if sliding_window not in self._masks:
-            self._masks[sliding_window] = [self.mask(part, part.queries, sliding_window, device) for part in self.parts]
-        return self._masks[sliding_window]
+    def leave(self, piece: Piece, layer: LayerKV) -> None:  # noqa: B027 - most forwards have nothing to do
+        """The attention of ``layer`` is computed for ``piece``."""
 
 
 class Recompute(BlendForward):
-    """The forward that counts: what is not computed is corrected, what is computed overwrites it."""
+    """The forward that counts: what is not computed is corrected, what is computed overwrites it.
 
-    def take(self, layer: LayerKV, fresh: Fresh) -> None:
-        self.kv.correct(layer, self.rows, fresh.k, fresh.v)
-        layer.write(self.rows, fresh.k, fresh.v)
+    ``on_layer(layer_id, keys, values)`` is given each layer when it is final, which is then let go.
+    """
+
+    def __init__(
+        self,
+        batch: BlendBatch,
+        kv: BatchKV,
+        computed: torch.Tensor,
+        max_rows: int | None = None,
+        on_layer: OnLayer | None = None,
+    ) -> None:
+        super().__init__(batch, kv, computed, max_rows)
+        self._on_layer = on_layer
+
+    def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
+        self.kv.correct(layer, piece.rows, fresh.k, fresh.v, piece.covers)
+        layer.write(piece.rows, fresh.k, fresh.v)
+
+    def leave(self, piece: Piece, layer: LayerKV) -> None:
+        if self._on_layer is not None and piece.last:
+            self._on_layer(layer.layer_id, layer.keys, layer.values)
+            self.kv.let_go(layer)
 
 
 class MeasureDeviation(Recompute):
     """Recomputes up to ``last_layer``, compares there, and stops. ``deviation`` is float32 ``[N]``, −inf elsewhere."""
 
     def __init__(
-        self, batch: BlendBatch, kv: BatchKV, computed: torch.Tensor, last_layer: int, tensor: DeviationTensor
+        self,
+        batch: BlendBatch,
+        kv: BatchKV,
+        computed: torch.Tensor,
+        last_layer: int,
+        tensor: DeviationTensor,
+        max_rows: int | None = None,
     ) -> None:
-        super().__init__(batch, kv, computed)
+        super().__init__(batch, kv, computed, max_rows)
         self._last_layer = last_layer
         self._tensor = tensor
         self.deviation = torch.full((batch.num_rows,), -torch.inf)
 
-    def take(self, layer: LayerKV, fresh: Fresh) -> None:
-        layer.measure(self.rows, fresh.k, fresh.v)
-        super().take(layer, fresh)
+    def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
+        layer.measure(piece.rows, fresh.k, fresh.v)
+        super().take(piece, layer, fresh)
         if layer.layer_id == self._last_layer:
-            self._read(layer)
+            if piece.last:
+                self._read(layer)
             raise StopForward
 
     def _read(self, layer: LayerKV) -> None:
-        for part in self.parts:
-            rows = self.rows[part.queries]
+        computed = torch.cat([piece.rows for piece in self.pieces])
+        for start, end in self.batch.prompts:
+            rows = computed[(computed >= start) & (computed < end)]
             rows = rows[self.batch.reusable[rows]]
             changes = [layer.change[name][rows] for name in self._tensor]
             if len(changes) > 1:
@@ -166,33 +237,57 @@ class ScoreAttention(BlendForward):
         span: int,
         layers: Sequence[int],
         heads: HeadReduction,
+        max_rows: int | None = None,
     ) -> None:
-        super().__init__(batch, kv, computed)
+        super().__init__(batch, kv, computed, max_rows)
         self._span = span
         self._layers = frozenset(layers)
         self._last_layer = max(layers)
         self._heads = heads
-        self._query_masks: dict[int | None, list[QueryMask]] = {}
+        self._query_masks: dict[tuple[Piece, int | None], list[QueryMask]] = {}
         self.received = torch.zeros(batch.num_rows)
 
-    def take(self, layer: LayerKV, fresh: Fresh) -> None:
-        layer.write(self.rows, fresh.k, fresh.v)
+    def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
+        layer.write(piece.rows, fresh.k, fresh.v)
         if layer.layer_id not in self._layers:
             return
-        queries = [self._asking(part) for part in self.parts]
+        asking_parts = [
+            (part, asking) for part in piece.parts if (asking := self._asking(piece, part)).start < asking.stop
+        ]
         window = fresh.sliding_window
-        if window not in self._query_masks:
-            self._query_masks[window] = [
-                self.mask(part, asking, window, fresh.q.device)
-                for part, asking in zip(self.parts, queries, strict=True)
+        if (piece, window) not in self._query_masks:
+            self._query_masks[piece, window] = [
+                piece.mask(part, asking, window, fresh.q.device) for part, asking in asking_parts
             ]
-        for part, asking, mask in zip(self.parts, queries, self._query_masks[window], strict=True):
+        for (part, asking), mask in zip(asking_parts, self._query_masks[piece, window], strict=True):
             by_head = attention_received(fresh.q[asking], layer.keys[part.keys], mask, **fresh.scoring._asdict())
             score = by_head.mean(0) if self._heads == "mean" else by_head.amax(0)
-            self.received[part.keys] += score.cpu() / len(self._layers)
+            # Where pieces cut the end of a prompt, each asks for its share.
+            share = (asking.stop - asking.start) / self._num_asking(part)
+            self.received[part.keys] += share * score.cpu() / len(self._layers)
         if layer.layer_id == self._last_layer:
             raise StopForward
 
-    def _asking(self, part: Part) -> slice:
-        first = int(torch.searchsorted(self.rows, part.keys.stop - self._span))
+    def _asking(self, piece: Piece, part: Part) -> slice:
+        first = int(torch.searchsorted(piece.rows, part.keys.stop - self._span))
         return slice(max(first, part.queries.start), part.queries.stop)
+
+    def _num_asking(self, part: Part) -> int:
+        end = part.keys.stop
+        return sum(int(((piece.rows >= end - self._span) & (piece.rows < end)).sum()) for piece in self.pieces)
+
+
+def cut_rows(rows: torch.Tensor, edges: Sequence[int], max_rows: int | None) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of ``rows`` of at most ``max_rows`` each, cut at one of ``edges`` (rows of the batch at which
+    prompts and passages begin, ascending) where that leaves a piece at least half as large as it may be."""
+    if max_rows is None or len(rows) <= max_rows:
+        yield 0, len(rows)
+        return
+    at_edges = torch.searchsorted(rows, torch.tensor(list(edges), dtype=rows.dtype)).tolist()
+    start = 0
+    while len(rows) - start > max_rows:
+        good = [edge for edge in at_edges if start + max_rows / 2 <= edge <= start + max_rows and edge > start]
+        end = max(good, default=start + max_rows)
+        yield start, end
+        start = end
+    yield start, len(rows)

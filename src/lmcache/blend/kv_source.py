@@ -29,3 +29,10 @@ class KVSource(Protocol):
         Raises:
             KVLoadError: the layer will not arrive.
         """
+
+
+class PrefetchingSource(KVSource, Protocol):
+    """A source that is told which layer will be wanted next."""
+
+    def prefetch(self, layer_id: int) -> None:
+        """Start to bring ``layer_id``, if that takes time. Must neither wait nor raise."""

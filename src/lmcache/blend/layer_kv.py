@@ -33,7 +33,7 @@ class LayerKV:
         self.keys = keys
         self.values = values
         self.fresh = torch.zeros(len(keys), dtype=torch.bool)
-        self.corrected = False
+        self.corrected_to = 0
         self.change = {"k": torch.zeros(len(keys)), "v": torch.zeros(len(keys))}
 
     def measure(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -81,8 +81,17 @@ class BatchKV:
             for placed in self._batch.placed:
                 self._place(held, placed)
             self._layers[layer_id] = held
+            self._prefetch(layer_id + 1)
             self.seconds["load"] += time.perf_counter() - start
         return held
+
+    def _prefetch(self, layer_id: int) -> None:
+        """Let sources bring the next layer while this one is used."""
+        if layer_id < len(self._ropes):
+            for placed in self._batch.placed:
+                prefetch = getattr(placed.source, "prefetch", None)
+                if prefetch is not None:
+                    prefetch(layer_id)
 
     def _place(self, layer: LayerKV, placed: PlacedSpan) -> None:
         span, (start, end) = placed.span, placed.rows
@@ -110,17 +119,24 @@ class BatchKV:
                 new_length=self._batch.plans[placed.prompt].num_tokens,
             )
 
-    def correct(self, layer: LayerKV, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Let the corrector move what is not recomputed. Once a layer: by then the layer has its final content, but
-        for rows that are computed again."""
-        if layer.corrected:
+    def correct(
+        self, layer: LayerKV, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, covers: tuple[int, int]
+    ) -> None:
+        """Let the corrector move what is not recomputed of the batch's rows ``covers``. Each row once a layer: by then
+        it has its final content, unless it is computed again.
+
+        A passage that reaches over the ends of ``covers`` counts as one there and another here.
+        """
+        first, end = max(covers[0], layer.corrected_to), covers[1]
+        if first >= end:
             return
-        layer.corrected = True
-        kept = self._batch.reusable.clone()
-        kept[rows] = False
+        layer.corrected_to = end
+        kept = self._batch.reusable[first:end].clone()
+        kept[rows[(rows >= first) & (rows < end)] - first] = False
         if not bool(kept.any()):
             return
         start = time.perf_counter()
+        spans = [(max(begin, first), min(stop, end)) for begin, stop in self._batch.moved_spans]
         device = layer.keys.device
         self._corrector.correct(
             LayerCorrection(
@@ -130,16 +146,21 @@ class BatchKV:
                 rows=rows.to(device),
                 fresh_keys=k,
                 fresh_values=v,
-                spans=self._batch.moved_spans,
+                spans=tuple((begin, stop) for begin, stop in spans if begin < stop),
                 positions=self._batch.positions.to(device),
                 rope=self._ropes[layer.layer_id],
             )
         )
         self.seconds["correct"] += time.perf_counter() - start
 
+    def let_go(self, layer: LayerKV) -> None:
+        """Its content is kept elsewhere now; what was counted stays."""
+        layer.keys = layer.keys[:0]
+        layer.values = layer.values[:0]
+
     def tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """K and V of every layer, in order."""
-        layers = [self._layers[index] for index in sorted(self._layers)]
+        """K and V of every layer that was not let go, in order."""
+        layers = [self._layers[index] for index in sorted(self._layers) if len(self._layers[index].keys)]
         return [layer.keys for layer in layers], [layer.values for layer in layers]
 
     def charged_budgets(self, num_layers: int) -> tuple[float, ...]:
