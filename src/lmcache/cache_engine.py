@@ -315,6 +315,20 @@ class LMCacheEngine:
             source = self._pages(slot_mapping, len(prompt), prompt.start)
         return self._writes.store_layers(prompt, source, self._host(paged))
 
+    def store_chunks(self, chunks: Sequence[Chunk], slot_mapping: torch.Tensor) -> int:
+        """Keep single chunks of a prompt from the pages, each found by its own key, without those before it.
+
+        Args:
+            chunks: named by ``SegmentKey``, each of at most ``chunk_size`` tokens.
+            slot_mapping: of all tokens of the prompt.
+
+        Returns:
+            How many tokens are newly held.
+        """
+        with self.metrics.timed("store"), self._writes.prepare(chunks, self._host(True).spec) as parts:
+            self._pages(slot_mapping, len(slot_mapping), 0).gather(parts)
+            return self._writes.publish_each(parts)
+
     # Keeping and forgetting
 
     def pin(self, tokens: Tokens, *, lora: str = "", cache_salt: str = "", paged: bool = False) -> int:

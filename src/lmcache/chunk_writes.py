@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 
-from lmcache.keys import PrefixKey, token_array
+from lmcache.keys import CacheKey, token_array
 from lmcache.kv_ends import HostLayout, LayerKV, LayerSource, Parts
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.observability.events import CacheStoreEvent, EventBuffer
@@ -22,7 +22,7 @@ class ChunkWrites:
         self._storage = storage
         self._events = events
         self._lock = threading.Lock()
-        self._under_way: set[PrefixKey] = set()
+        self._under_way: set[CacheKey] = set()
 
     @contextmanager
     def prepare(
@@ -60,6 +60,12 @@ class ChunkWrites:
         self._storage.metrics.stored(stored)
         return stored
 
+    def publish_each(self, parts: Parts) -> int:
+        """Make filled ``parts`` visible that need none of the others to be found; how many tokens were kept."""
+        stored = sum(chunk.num_tokens for chunk, obj in parts if self._storage.put(chunk.key, obj))
+        self._storage.metrics.stored(stored)
+        return stored
+
     def store_layers(
         self, prompt: Prompt, source: LayerSource, host: HostLayout
     ) -> Generator[int, LayerKV | None, int]:
@@ -72,7 +78,7 @@ class ChunkWrites:
         yield host.num_layers
         return stored
 
-    def _claim(self, key: PrefixKey) -> bool:
+    def _claim(self, key: CacheKey) -> bool:
         with self._lock:
             if key in self._under_way:
                 return False
@@ -83,7 +89,7 @@ class ChunkWrites:
             return False
         return True
 
-    def _disclaim(self, key: PrefixKey) -> None:
+    def _disclaim(self, key: CacheKey) -> None:
         with self._lock:
             self._under_way.discard(key)
 

@@ -186,3 +186,14 @@ def prefix_keys(
 def segment_key(namespace: Namespace, tokens: Tokens) -> SegmentKey:
     """Key of ``tokens`` as a passage of its own."""
     return SegmentKey(namespace.id + blake3(token_bytes(tokens), key=namespace.segment_root).digest())
+
+
+def placed_segment_key(namespace: Namespace, tokens: Tokens, start: int) -> SegmentKey:
+    """Key of a chunk of a prompt that was computed at positions ``start …``, whatever stood before it.
+
+    The position belongs to the name: keys are stored rotated, and who finds the chunk again must know by how much.
+    """
+    place = start.to_bytes(8, "little")
+    return SegmentKey(
+        namespace.id + blake3(b"placed" + place + token_bytes(tokens), key=namespace.segment_root).digest()
+    )

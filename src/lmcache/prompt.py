@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from lmcache.keys import PrefixKey, Tokens
+from lmcache.keys import CacheKey, PrefixKey, Tokens
 
 
 class Chunk(NamedTuple):
-    """The tokens ``[start, end)`` of a prompt, and what they are called together with all before them."""
+    """The tokens ``[start, end)`` of a prompt, and what they are called: together with all before them (a
+    ``PrefixKey``), or by themselves."""
 
-    key: PrefixKey
+    key: CacheKey
     start: int
     end: int
 

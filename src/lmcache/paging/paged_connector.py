@@ -11,6 +11,7 @@ import torch
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.paging.layout import KVLayout
+from lmcache.paging.token_copy import TokenIndex, read_tokens, slot_view, write_tokens
 
 Move: TypeAlias = Callable[[MemoryObj, torch.Tensor, range], None]
 
@@ -42,6 +43,31 @@ class PagedConnector(GPUConnectorInterface):
         Raises:
             ValueError: the pages are packed.
         """
+
+    def read_slots(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """K and V (only the latent for MLA) of one layer, each ``[T, heads, dim]``, for ``slots`` (int64 ``[T]``).
+
+        Raises:
+            ValueError: the pages are packed, or a slot lies outside of them.
+        """
+        index = self._index(slots)
+        return tuple(read_tokens(slot_view(plane), index) for plane in self._layer_planes(layer))
+
+    def write_slots(self, layer: int, slots: torch.Tensor, planes: Sequence[torch.Tensor]) -> None:
+        """The reverse of :meth:`read_slots`."""
+        index = self._index(slots)
+        for plane, values in zip(self._layer_planes(layer), planes, strict=True):
+            write_tokens(slot_view(plane), index, values)
+
+    def _index(self, slots: torch.Tensor) -> TokenIndex:
+        self._check_slots(slots)
+        return TokenIndex(slots, self.kv_layout.block_size, self.tensors[0].device)
+
+    def _layer_planes(self, layer: int) -> tuple[torch.Tensor, ...]:
+        if self.kv_layout.packed:
+            raise ValueError(f"layout {self.kv_layout.name!r} packs its pages: single tokens cannot be moved")
+        self._one_layer(layer)
+        return self.kv_layout.plane_views(self.tensors, layer)
 
     @abstractmethod
     def _gather(self, obj: MemoryObj, slots: torch.Tensor, layers: range) -> None:
