@@ -12,6 +12,8 @@ from lmcache.metadata import LMCacheEngineMetadata
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
 from lmcache.paging.interface import GPUConnectorInterface
+from lmcache.segmentation.known_passages import KnownPassages
+from lmcache.segmentation.passage_catalog import PassageCatalog
 from lmcache.storage.cpu import LocalCPUTier
 from lmcache.storage.disk import DiskSettings, DiskTierError, LocalDiskTier
 from lmcache.storage.policies import make_policy
@@ -45,7 +47,14 @@ class LMCacheManager:
             self.storage = TieredStorage(memory, slower, keep_in_memory=config.local_cpu, metrics=self.metrics)
             started.callback(self.storage.close)
             self.engine = LMCacheEngine(config, metadata, self.storage, gpu_connector)
+            self.passages = self._know_passages(on_disk=bool(slower)) if config.enable_blending else None
             started.pop_all()
+
+    def _know_passages(self, *, on_disk: bool) -> KnownPassages:
+        """What CacheBlend finds passages by; with a disk tier it outlives the process."""
+        directory = self.config.local_disk
+        catalog = PassageCatalog(directory) if on_disk and directory is not None else None
+        return KnownPassages(self.config.chunk_size, self.storage.contains, catalog)
 
     def _open_disk(self, memory: LocalCPUTier) -> LocalDiskTier | None:
         config = self.config
@@ -70,6 +79,8 @@ class LMCacheManager:
 
     def close(self) -> None:
         """Write what is on its way to slower tiers and give everything back. Idempotent."""
+        if self.passages is not None:
+            self.passages.close()
         self.engine.close()
 
     def __enter__(self) -> LMCacheManager:

@@ -18,6 +18,7 @@ from lmcache.config.sources import (
     from_yaml,
 )
 from lmcache.config.value_types import (
+    BlendSegmentation,
     Bool,
     Float,
     Int,
@@ -83,7 +84,13 @@ class LMCacheEngineConfig(BaseModel):
         None, description="Deviation above which a token is recomputed; unset: the ratios decide."
     )
     blend_special_str: str = Field(" # # ", min_length=1, description="Separator between passages.")
+    blend_segmentation: BlendSegmentation = Field(
+        "automatic", description="How passages are found: automatic, separator (blend_special_str) or explicit."
+    )
     blend_min_tokens: Int = Field(256, ge=1, description="A shorter passage is not blended.")
+    blend_min_coverage: Float = Field(
+        0.3, ge=0, le=1, description="Share of the tokens behind the prefix that must be known; below it no blending."
+    )
     extra_config: JsonObject = Field(default_factory=dict, description="Settings of third-party parts (JSON).")
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)

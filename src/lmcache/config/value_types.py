@@ -65,6 +65,10 @@ def _directory(value: Any) -> Any:
     return Path(os.path.abspath(os.path.expanduser(text)))
 
 
+def _lower(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
 def _upper(value: Any) -> Any:
     return value.strip().upper().replace("-", "") if isinstance(value, str) else value
 
@@ -85,3 +89,4 @@ OptionalThresholds: TypeAlias = Annotated[Thresholds | None, BeforeValidator(_se
 JsonObject: TypeAlias = Annotated[Mapping[str, Any], BeforeValidator(_mapping)]
 OptionalDirectory: TypeAlias = Annotated[Path | None, BeforeValidator(_directory)]
 PolicyName: TypeAlias = Annotated[Literal["LRU", "LFU", "FIFO", "S3FIFO"], BeforeValidator(_upper)]
+BlendSegmentation: TypeAlias = Annotated[Literal["automatic", "separator", "explicit"], BeforeValidator(_lower)]

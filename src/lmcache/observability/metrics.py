@@ -58,6 +58,10 @@ class Metrics:
         self._dropped = counter("dropped_chunks", "Chunks that a tier would not keep.", ["tier"])
         self._read = counter("read_bytes", "Bytes of KV that came out of a tier.", ["tier"])
         self._written = counter("written_bytes", "Bytes of KV that a tier took.", ["tier"])
+        self._blended = counter("blended_requests", "Requests in which known passages were reused behind the prefix.")
+        self._fallbacks = counter("blend_fallbacks", "Requests that were not blended after all.", ["reason"])
+        self._blend_tokens = counter("blend_tokens", "Tokens of known passages in blended requests.", ["fate"])
+        self._blend_seconds = counter("blend_seconds", "Time spent in blends.", ["phase"])
         self._seconds = Histogram(
             "lmcache_operation_seconds",
             "Duration of store, retrieve and lookup.",
@@ -90,6 +94,22 @@ class Metrics:
     def failure(self, reason: str) -> None:
         """An operation was given up; ``reason`` is a short fixed word such as ``disk_read``."""
         self._failures.labels(reason).inc()
+
+    def blended(self, reused: int, recomputed: int, seconds: Mapping[str, float]) -> None:
+        """A request was blended: of the tokens of its passages ``recomputed`` were computed all the same.
+
+        Args:
+            seconds: this request's share, by phase.
+        """
+        self._blended.inc()
+        self._blend_tokens.labels("reused").inc(reused - recomputed)
+        self._blend_tokens.labels("recomputed").inc(recomputed)
+        for phase, spent in seconds.items():
+            self._blend_seconds.labels(phase).inc(max(0.0, spent))
+
+    def blend_fallback(self, reason: str) -> None:
+        """A request was not blended; ``reason`` is a short fixed word."""
+        self._fallbacks.labels(reason).inc()
 
     @contextmanager
     def timed(self, operation: str) -> Iterator[None]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from lmcache.keys import PrefixKey
+from lmcache.prompt import Chunk
 
 
 @dataclass
@@ -26,7 +28,10 @@ class LoadOp:
 
 @dataclass
 class SaveOp:
-    """Keep the KV of tokens ``[start, len(token_ids))`` once this step's forward has written it."""
+    """Keep the KV of tokens ``[start, len(token_ids))`` once this step's forward has written it.
+
+    ``seams`` are positions at which a passage is known to begin.
+    """
 
     req_id: str
     token_ids: list[int]
@@ -35,14 +40,52 @@ class SaveOp:
     keys: list[PrefixKey]
     lora: str
     cache_salt: str
+    seams: list[int] = field(default_factory=list)
+
+
+@dataclass
+class BlendOp:
+    """Fill a request's pages by CacheBlend before the forward. What is reused waits under ``req_id``.
+
+    ``block_ids`` are the request's blocks from token 0; of their tokens the first ``exact_tokens`` are there already,
+    or are loaded in this step.
+    """
+
+    req_id: str
+    exact_tokens: int
+    block_ids: list[int]
+
+
+@dataclass
+class SegmentSaveOp:
+    """Keep the chunks of ``runs``, each by itself, once this step's forward has written them.
+
+    ``token_ids`` are those of the whole prompt. ``before`` is the chunk in front of the first of a run, if it is kept.
+    """
+
+    req_id: str
+    token_ids: list[int]
+    block_ids: list[int]
+    runs: list[SegmentRun]
+    seams: list[int]
+
+
+class SegmentRun(NamedTuple):
+    """Consecutive chunks of a prompt, and the key of the chunk before them if that is kept too."""
+
+    chunks: list[Chunk]
+    before: PrefixKey | None
 
 
 @dataclass
 class LMCacheConnectorMetadata(KVConnectorMetadata):
-    """``loads`` must be done before this step's forward; ``asynchronous_loads`` run beside it. ``preempted`` names
-    requests whose blocks vLLM may hand to others in this very step: their saves must be done before the forward."""
+    """``loads``, then ``blends`` must be done before this step's forward; ``asynchronous_loads`` run beside it.
+    ``preempted`` names requests whose blocks vLLM may hand to others in this very step: their saves must be done before
+    the forward."""
 
     loads: list[LoadOp] = field(default_factory=list)
     asynchronous_loads: list[LoadOp] = field(default_factory=list)
+    blends: list[BlendOp] = field(default_factory=list)
     saves: list[SaveOp] = field(default_factory=list)
+    segment_saves: list[SegmentSaveOp] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)

@@ -39,7 +39,7 @@ class LMCacheConnectorV1Dynamic(LMCacheConnectorV1):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         tokens = self._lmcache_engine.get_num_new_matched_tokens(request, num_computed_tokens)
-        return tokens, bool(tokens)
+        return tokens, bool(tokens) and self._lmcache_engine.load_is_asynchronous(request)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self._lmcache_engine.update_state_after_alloc(request, num_external_tokens, blocks.get_block_ids()[0])

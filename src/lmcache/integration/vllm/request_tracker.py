@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lmcache.integration.vllm.blend.scheduling import RequestBlend
 from lmcache.integration.vllm.model_identity import lora_identity, tenant_salt
 from lmcache.keys import PrefixKey
 from lmcache.lease import PrefixLease
@@ -38,6 +39,9 @@ class RequestTracker:
     preemptions: int = 0
     reused_tokens: int = 0
     tiers: dict[str, int] = field(default_factory=dict)
+    blend: RequestBlend | None = None
+    blend_report: dict[str, Any] | None = None
+    segments_saved: bool = False
 
     @classmethod
     def of(cls, request: Request) -> RequestTracker:
@@ -53,6 +57,16 @@ class RequestTracker:
             preemptions=request.num_preemptions,
         )
 
+    @property
+    def blends(self) -> bool:
+        """Whether what was promised is a blend."""
+        return self.blend is not None and self.blend.prepared is not None
+
+    @property
+    def exact_tokens(self) -> int | None:
+        """Leading tokens whose KV is exact; None: all."""
+        return None if self.blend is None else self.blend.exact_tokens
+
     def take_lease(self) -> PrefixLease | None:
         lease, self.lease = self.lease, None
         return lease
@@ -60,6 +74,8 @@ class RequestTracker:
     def drop_lease(self) -> None:
         if (lease := self.take_lease()) is not None:
             lease.release()
+        if self.blend is not None:
+            self.blend.release()
 
     def was_preempted(self) -> bool:
         """Whether vLLM took the request's blocks away since the last call."""
@@ -69,11 +85,15 @@ class RequestTracker:
     def summary(self) -> dict[str, Any]:
         """What the client is told in ``kv_transfer_params`` of the response."""
         tiers = [name for name, tokens in self.tiers.items() if tokens]
+        blend = self.blend_report
+        if blend is None and self.blend is not None and self.blend.fallback is not None:
+            blend = {"fallback": self.blend.fallback}
         return {
             "lmcache": {
                 "prompt_tokens": self.request.num_prompt_tokens,
                 "reused_tokens": self.reused_tokens,
                 "tier": "+".join(tiers) or None,
                 "tokens_by_tier": {name: self.tiers[name] for name in tiers},
+                "blend": blend,
             }
         }

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lmcache.integration.vllm.connector_metadata import LMCacheConnectorMetadata, LoadOp, SaveOp
+from lmcache.integration.vllm.blend.scheduling import BlendScheduling
+from lmcache.integration.vllm.connector_metadata import BlendOp, LMCacheConnectorMetadata, LoadOp
 from lmcache.integration.vllm.guard import never_raise, report_failure
 from lmcache.integration.vllm.request_tracker import RequestTracker
+from lmcache.integration.vllm.save_planner import SavePlanner
 from lmcache.integration.vllm.shared_engine import SharedEngine
+from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+logger = init_logger(__name__)
+
 
 class SchedulerSide:
     """Looks prompts up, holds what was found until the worker role has loaded it, and plans the saves."""
 
-    def __init__(self, shared: SharedEngine) -> None:
+    def __init__(self, shared: SharedEngine, make_scheduling: Callable[[], BlendScheduling | None]) -> None:
+        """``make_scheduling`` gives the scheduler's half of CacheBlend once the worker role has made its own."""
         self._shared = shared
         self._engine = shared.engine
         self._config = shared.config
+        self._save_planner = SavePlanner(shared)
         self._trackers: dict[str, RequestTracker] = {}
         self._asynchronous_loads: list[LoadOp] = []
+        self._make_scheduling: Callable[[], BlendScheduling | None] | None = make_scheduling
 
     @property
     def metrics(self) -> Metrics:
@@ -47,13 +57,50 @@ class SchedulerSide:
             if self._may_wait(tracker):
                 return None
             lease.cut()
+        exact = max(lease.num_tokens, num_computed_tokens)
+        blended = self._blend(tracker, exact)
+        if blended is None:
+            return None
         tracker.wait_until = None
         tracker.local_tokens = num_computed_tokens
-        reusable: int = min(lease.num_tokens, request.num_tokens - 1) - num_computed_tokens
+        reusable: int = min(request.num_tokens if blended else lease.num_tokens, request.num_tokens - 1)
+        reusable -= num_computed_tokens
         if reusable <= 0:
             tracker.drop_lease()
             return 0
         return reusable
+
+    def _blend(self, tracker: RequestTracker, exact_tokens: int) -> bool | None:
+        """Whether the tokens behind ``exact_tokens`` are to be blended; None while that is not known yet."""
+        scheduling = self._blend_scheduling()
+        if scheduling is None or tracker.blend is None or exact_tokens >= tracker.request.num_tokens - 1:
+            return False
+        try:
+            namespace = self._engine.namespace(lora=tracker.lora, cache_salt=tracker.cache_salt, paged=True).id
+            if not scheduling.look_up(tracker.blend, tracker.request, exact_tokens, namespace) and self._may_wait(
+                tracker
+            ):
+                return None
+            return scheduling.promise(tracker.blend, tracker.request, exact_tokens)
+        except Exception as error:
+            report_failure(self.metrics, "blend_look_up", error)
+            return False
+
+    def _blend_scheduling(self) -> BlendScheduling | None:
+        """Made once, when the worker role has found that the model can be blended."""
+        if self._make_scheduling is not None and self._shared.blender is not None:
+            make, self._make_scheduling = self._make_scheduling, None
+            try:
+                self._shared.blend_scheduling = make()
+            except Exception as error:
+                self.metrics.blend_fallback("configuration")
+                logger.error("CacheBlend stays off: %s", error)
+        return self._shared.blend_scheduling
+
+    def load_is_asynchronous(self, request: Request) -> bool:
+        """Whether what was promised may be loaded beside the forward. A blend needs the model, so it may not."""
+        tracker = self._trackers.get(request.request_id)
+        return tracker is None or not tracker.blends
 
     def update_state_after_alloc(
         self, request: Request, num_external_tokens: int, block_ids: list[int] | None = None
@@ -68,7 +115,7 @@ class SchedulerSide:
         tracker.external_tokens = num_external_tokens
         if num_external_tokens == 0:
             tracker.drop_lease()
-        elif block_ids is not None:
+        elif block_ids is not None and not tracker.blends:
             tracker.block_ids = list(block_ids)
             self._asynchronous_loads.append(self._hand_over(tracker))
 
@@ -99,6 +146,7 @@ class SchedulerSide:
         if tracker is None:
             return None
         tracker.drop_lease()
+        tracker.blend_report = self._shared.blend_reports.pop(req_id, None)
         if req_id in self._shared.failed_loads:
             self._shared.failed_loads.discard(req_id)
             tracker.reused_tokens, tracker.tiers = 0, {}
@@ -120,6 +168,8 @@ class SchedulerSide:
         tracker = self._trackers.get(request.request_id)
         if tracker is None:
             tracker = self._trackers[request.request_id] = RequestTracker.of(request)
+            if (scheduling := self._blend_scheduling()) is not None:
+                tracker.blend = scheduling.of(request)
         return tracker
 
     def _look_up(self, tracker: RequestTracker) -> None:
@@ -167,10 +217,12 @@ class SchedulerSide:
             tracker.block_ids = list(blocks)
         else:
             tracker.block_ids.extend(blocks)
-        if tracker.external_tokens:
+        if tracker.blends and tracker.external_tokens:
+            self._hand_over_blend(meta, tracker)
+        elif tracker.external_tokens:
             meta.loads.append(self._hand_over(tracker))
         try:
-            self._plan_save(meta, tracker, num_computed, output.num_scheduled_tokens[req_id])
+            self._save_planner.plan(meta, tracker, num_computed, output.num_scheduled_tokens[req_id])
         except Exception as error:
             report_failure(self.metrics, "build_connector_meta", error)
 
@@ -189,39 +241,19 @@ class SchedulerSide:
             request.request_id, request.all_token_ids[:end], tracker.local_tokens, end, list(tracker.block_ids)
         )
 
-    def _plan_save(
-        self, meta: LMCacheConnectorMetadata, tracker: RequestTracker, num_computed: int, num_scheduled: int
-    ) -> None:
-        if tracker.skip_save or self._engine.gpu_connector is None:
-            return
-        request, chunk_size = tracker.request, self._config.chunk_size
-        valid = min(num_computed + num_scheduled, request.num_prompt_tokens)
-        if self._config.save_decode_cache and valid == request.num_prompt_tokens:
-            # Of the generated tokens only those that vLLM has fed back and will not take back (drafts, in-flight
-            # steps) have final KV.
-            valid = max(valid, min(num_computed, request.num_tokens - 1))
-        num_chunks = valid // chunk_size
-        end = num_chunks * chunk_size
-        if self._config.save_unfull_chunk and valid == request.num_prompt_tokens > end and not tracker.tail_saved:
-            tracker.tail_saved = True
-            num_chunks, end = num_chunks + 1, valid
-        elif num_chunks <= tracker.saved_chunks:
-            return
-        tokens = request.all_token_ids[:end]
-        if len(tracker.keys) < num_chunks or self._config.save_unfull_chunk:
-            # The last of the keys so far may be that of a chunk which was not full then.
-            tracker.keys = self._engine.prefix_keys(
-                tokens, paged=True, lora=tracker.lora, cache_salt=tracker.cache_salt
-            )
-        start, tracker.saved_chunks = tracker.saved_chunks * chunk_size, end // chunk_size
-        meta.saves.append(
-            SaveOp(
-                req_id=request.request_id,
-                token_ids=tokens,
-                start=start,
-                block_ids=list(tracker.block_ids),
-                keys=tracker.keys[:num_chunks],
-                lora=tracker.lora,
-                cache_salt=tracker.cache_salt,
-            )
-        )
+    def _hand_over_blend(self, meta: LMCacheConnectorMetadata, tracker: RequestTracker) -> None:
+        """Pass the exact prefix and what was found behind it to the worker role."""
+        request, blend = tracker.request, tracker.blend
+        assert blend is not None
+        prepared = blend.take()
+        tracker.tiers, tracker.reused_tokens = {}, 0
+        if tracker.lease is not None and tracker.lease.num_tokens > tracker.local_tokens:
+            meta.loads.append(self._hand_over(tracker))
+        else:
+            tracker.drop_lease()
+        tracker.external_tokens = 0
+        self._shared.prepared_blends[request.request_id] = prepared
+        meta.blends.append(BlendOp(request.request_id, prepared.exact_tokens, list(tracker.block_ids)))
+        if request.num_preemptions == 0:
+            tracker.reused_tokens += prepared.reused_tokens
+            tracker.tiers = dict(Counter(tracker.tiers) + Counter(prepared.tokens_by_tier()))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmcache.cache_engine import LMCacheEngine
 from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.vllm.background_loads import BackgroundLoads
+from lmcache.integration.vllm.blend.blender import Blender
+from lmcache.integration.vllm.blend.scheduling import BlendScheduling, PreparedBlend
 from lmcache.integration.vllm.model_identity import engine_metadata
 from lmcache.integration.vllm.pending_saves import PendingSaves
 from lmcache.lease import PrefixLease
@@ -33,7 +35,8 @@ class SharedEngine:
     """One per vLLM engine.
 
     ``handed_over`` carries a request's lease from the role that took it to the role that loads; ``failed_loads`` tells
-    the way back which requests got nothing after all.
+    the way back which requests got nothing after all. So do ``prepared_blends`` and ``blend_reports``; ``blender`` is
+    there once the worker role has found that the model can be blended.
 
     Both roles :meth:`acquire` it by the engine id that vLLM gives them; when the last one lets go, or at exit, saves
     under way are finished and everything is closed.
@@ -44,6 +47,10 @@ class SharedEngine:
     loads: BackgroundLoads = field(default_factory=BackgroundLoads)
     handed_over: dict[str, PrefixLease] = field(default_factory=dict)
     failed_loads: set[str] = field(default_factory=set)
+    blender: Blender | None = None
+    blend_scheduling: BlendScheduling | None = None
+    prepared_blends: dict[str, PreparedBlend] = field(default_factory=dict)
+    blend_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     _holders: int = 0
 
     _live: ClassVar[dict[str, SharedEngine]] = {}
@@ -103,6 +110,9 @@ class SharedEngine:
         for lease in self.handed_over.values():
             lease.release()
         self.handed_over.clear()
+        for prepared in self.prepared_blends.values():
+            prepared.lease.release()
+        self.prepared_blends.clear()
         self.manager.close()
 
     @classmethod

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+from lmcache.integration.vllm.blend.make_scheduling import make_scheduling
 from lmcache.integration.vllm.connector_metadata import LMCacheConnectorMetadata
 from lmcache.integration.vllm.scheduler_side import SchedulerSide
 from lmcache.integration.vllm.shared_engine import SharedEngine, UnsupportedSetupError
@@ -29,7 +31,7 @@ logger = init_logger(__name__)
 
 
 class LMCacheConnectorV1Impl:
-    """Exact prefix reuse for vLLM. No method raises into vLLM; without a usable set-up every call is a miss.
+    """Prefix reuse and CacheBlend for vLLM. No method raises into vLLM; without a usable set-up every call is a miss.
 
     The constructor does raise on a configuration that is wrong: that is the moment to say so.
     """
@@ -55,7 +57,7 @@ class LMCacheConnectorV1Impl:
         self._release = weakref.finalize(self, SharedEngine.release, name)
         self._shared = shared
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(shared)
+            self._scheduler = SchedulerSide(shared, partial(make_scheduling, shared, vllm_config))
         else:
             self._worker = WorkerSide(shared, vllm_config)
 
@@ -119,6 +121,10 @@ class LMCacheConnectorV1Impl:
         if self._scheduler is None:
             return LMCacheConnectorMetadata()
         return self._scheduler.build_connector_meta(scheduler_output)
+
+    def load_is_asynchronous(self, request: Request) -> bool:
+        """Whether the load of what was just promised may run beside the forward."""
+        return self._scheduler is None or self._scheduler.load_is_asynchronous(request)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduler.request_finished(request, block_ids) if self._scheduler is not None else (False, None)

@@ -11,18 +11,31 @@ import torch
 import vllm
 
 from lmcache.integration.vllm.attention_writer import AttentionWriter
-from lmcache.integration.vllm.connector_metadata import LMCacheConnectorMetadata, LoadOp, SaveOp
+from lmcache.integration.vllm.blend.blender import Blender, BlendReport, PagedRequest, report_of
+from lmcache.integration.vllm.blend.scheduling import PreparedBlend
+from lmcache.integration.vllm.blend.supported import UnsupportedModelError
+from lmcache.integration.vllm.connector_metadata import (
+    BlendOp,
+    LMCacheConnectorMetadata,
+    LoadOp,
+    SaveOp,
+    SegmentRun,
+    SegmentSaveOp,
+)
 from lmcache.integration.vllm.guard import never_raise, report_failure
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
 from lmcache.integration.vllm.prometheus import LMCacheStats
 from lmcache.integration.vllm.shared_engine import SharedEngine
+from lmcache.keys import token_array
 from lmcache.observability.events import CacheStoreEvent
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
 from lmcache.paging.detect import PageHints, detect_layout
-from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.paging.make_connector import make_connector
+from lmcache.paging.paged_connector import PagedConnector
 from lmcache.paging.verify import verify_layout
+from lmcache.prompt import cut
+from lmcache.segmentation.known_passages import KnownChunk
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,14 +68,27 @@ class WorkerSide:
         One that is not known, not what it looks like, or at odds with ``chunk_size`` leaves the cache off, in words.
         """
         try:
-            self._engine.set_gpu_connector(self._connect(kv_caches))
+            connector = self._connect(kv_caches)
+            self._engine.set_gpu_connector(connector)
+            if self._shared.config.enable_blending:
+                self._find_blender(connector, list(kv_caches))
         except ValueError as error:
             self.metrics.failure("unknown_layout")
             logger.error("The KV cache stays off: %s", error)
         except Exception as error:
             report_failure(self.metrics, "register_kv_caches", error)
 
-    def _connect(self, kv_caches: dict[str, torch.Tensor]) -> GPUConnectorInterface:
+    def _find_blender(self, connector: PagedConnector, layer_names: list[str]) -> None:
+        try:
+            self._shared.blender = Blender.find(self._vllm_config, connector, layer_names)
+            logger.info("CacheBlend is on: policy %s", self._shared.config.blend_policy)
+        except UnsupportedModelError as error:
+            self.metrics.blend_fallback("unsupported_model")
+            logger.warning("CacheBlend stays off: %s", error)
+        except Exception as error:
+            report_failure(self.metrics, "find_blender", error)
+
+    def _connect(self, kv_caches: dict[str, torch.Tensor]) -> PagedConnector:
         names, tensors = list(kv_caches), list(kv_caches.values())
         self._layerwise.set_layers(names)
         self._device = tensors[0].device
@@ -101,7 +127,11 @@ class WorkerSide:
         for load in meta.asynchronous_loads:
             self._shared.loads.submit(load.req_id, partial(self._load, load))
         for load in meta.loads:
-            self._load(load, layerwise=self._shared.config.use_layerwise)
+            # A blend stands on the whole prefix.
+            layerwise = self._shared.config.use_layerwise and load.req_id not in self._shared.prepared_blends
+            self._load(load, layerwise=layerwise)
+        if meta.blends:
+            self._blend(meta.blends)
 
     @never_raise(lambda: None)
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -112,7 +142,7 @@ class WorkerSide:
         """Queue this step's saves. They read the pages while the next step runs."""
         self._layerwise.finish()
         meta, self._meta = self._meta, None
-        if meta is None or not meta.saves:
+        if meta is None or not (meta.saves or meta.segment_saves):
             return
         written = self._queued_work()
         with self._lock:
@@ -122,6 +152,9 @@ class WorkerSide:
             if save.req_id in self._shared.failed_loads or not failed_blocks.isdisjoint(save.block_ids):
                 continue
             self._shared.saves.submit(save.req_id, save.keys, partial(self._save, save, written))
+        for segments in meta.segment_saves:
+            if segments.req_id not in self._shared.failed_loads and failed_blocks.isdisjoint(segments.block_ids):
+                self._shared.saves.submit(segments.req_id, (), partial(self._save_segments, segments, written))
 
     def get_finished(self) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose blocks may be freed now, and those whose asynchronous load has ended."""
@@ -166,6 +199,45 @@ class WorkerSide:
                 lease.release()
             self._load_failed(op, error)
 
+    def _blend(self, ops: list[BlendOp]) -> None:
+        """Fill the pages of ``ops``; one that fails is computed by vLLM, as after a load that failed."""
+        prepared = {op.req_id: self._shared.prepared_blends.pop(op.req_id) for op in ops}
+        try:
+            requests = [
+                PagedRequest(op.req_id, prepared[op.req_id], self._slots_of(op, prepared[op.req_id]))
+                for op in ops
+                if op.req_id not in self._shared.failed_loads
+            ]
+            blender = self._shared.blender
+            assert blender is not None
+            done = blender.run(requests) if requests else {}
+            self._queued_work()()  # host memory may be reused once the leases are gone
+        except Exception as error:
+            done = {op.req_id: error for op in ops}
+        finally:
+            for blend in prepared.values():
+                blend.lease.release()
+        for op in ops:
+            outcome = done.get(op.req_id)
+            if isinstance(outcome, BlendReport):
+                self._count_blend(op.req_id, prepared[op.req_id], outcome)
+                continue
+            self.metrics.blend_fallback("error" if outcome is not None else "prefix_load")
+            num_tokens = len(prepared[op.req_id].token_ids)
+            failed = LoadOp(op.req_id, [], op.exact_tokens, num_tokens - 1, op.block_ids)
+            self._load_failed(failed, outcome or RuntimeError("the prefix in front of a blend could not be loaded"))
+
+    def _slots_of(self, op: BlendOp, prepared: PreparedBlend) -> torch.Tensor:
+        return self._slot_mapping(op.block_ids, len(prepared.token_ids), first=0)
+
+    def _count_blend(self, req_id: str, prepared: PreparedBlend, report: BlendReport) -> None:
+        told = report_of(prepared, report)
+        self._shared.blend_reports[req_id] = told
+        if report.fallback is None:
+            self.metrics.blended(prepared.reused_tokens, told["recomputed_tokens"], report.seconds)
+        else:
+            self.metrics.blend_fallback("passage_load")
+
     def _load_failed(self, op: LoadOp, error: Exception) -> None:
         with self._lock:
             self._failed_blocks.update(op.block_ids[op.start // self._block_size : -(-op.end // self._block_size)])
@@ -180,8 +252,34 @@ class WorkerSide:
             self._engine.store(
                 op.token_ids, mask=new, slot_mapping=slots, keys=op.keys, lora=op.lora, cache_salt=op.cache_salt
             )
+            size, num_tokens = self._shared.config.chunk_size, len(op.token_ids)
+            chunks = cut(num_tokens, op.keys, size)[op.start // size :]
+            self._remember(SegmentRun(chunks, op.keys[op.start // size - 1] if op.start else None), op)
         except Exception as error:
             report_failure(self.metrics, "save", error)
+
+    def _save_segments(self, op: SegmentSaveOp, written: Callable[[], None]) -> None:
+        try:
+            written()
+            slots = self._slot_mapping(op.block_ids, len(op.token_ids), first=0)
+            self._engine.store_chunks([chunk for run in op.runs for chunk in run.chunks], slots)
+            for run in op.runs:
+                self._remember(run, op)
+        except Exception as error:
+            report_failure(self.metrics, "save_segments", error)
+
+    def _remember(self, run: SegmentRun, op: SaveOp | SegmentSaveOp) -> None:
+        """Let the tokens of chunks be found anywhere."""
+        known = self._shared.manager.passages
+        if known is None or self._shared.blender is None or not run.chunks:
+            return
+        first = run.chunks[0].start
+        tokens = token_array(op.token_ids[first : run.chunks[-1].end])
+        known.add_prompt(
+            [KnownChunk(key, tokens[start - first : end - first], start) for key, start, end in run.chunks],
+            op.seams,
+            before=run.before,
+        )
 
     def _slot_mapping(self, block_ids: list[int], num_tokens: int, *, first: int) -> torch.Tensor:
         """Slot of each of ``num_tokens`` tokens, int64 ``[T]``; −1 before ``first``."""

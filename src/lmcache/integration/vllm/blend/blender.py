@@ -1,0 +1,166 @@
+"""The worker role's half of CacheBlend: runs the blends of a step on vLLM's model, into vLLM's pages."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lmcache.blend.paged_blend import PagedPrompt, blend_pages
+from lmcache.blend.plan import BlendPlan, Reason
+from lmcache.blend.rope import FusedRope
+from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
+from lmcache.integration.vllm.blend.model_finder import find_model
+from lmcache.integration.vllm.blend.ropes import find_ropes
+from lmcache.integration.vllm.blend.scheduling import PreparedBlend
+from lmcache.integration.vllm.blend.supported import UnsupportedModelError
+from lmcache.paging.paged_connector import PagedConnector
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class PagedRequest(NamedTuple):
+    """A request that is to be blended, and the slots of its tokens (int64, on the CPU, as many as have one)."""
+
+    req_id: str
+    prepared: PreparedBlend
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BlendReport:
+    """What was done for one request. ``fallback`` says why it was computed whole, by our own pass."""
+
+    plan: BlendPlan
+    charged_budget: float
+    fallback: str | None
+    seconds: dict[str, float]
+
+    @property
+    def recomputed(self) -> list[list[int]]:
+        """Ranges of reused tokens that were computed all the same."""
+        return [[part.start, part.end] for part in self.plan.ranges() if part.reason is Reason.SELECTED]
+
+
+class Blender:
+    """One for a model and its pages."""
+
+    def __init__(
+        self, model: VLLMModel, ropes: Sequence[FusedRope | None], connector: PagedConnector, max_rows: int
+    ) -> None:
+        """``max_rows``: tokens of a forward that vLLM has sized its memory for."""
+        self._model = model
+        self._ropes = ropes
+        self._connector = connector
+        self._max_rows = max_rows
+
+    @classmethod
+    def find(cls, vllm_config: VllmConfig, connector: PagedConnector, layer_names: Sequence[str]) -> Blender:
+        """Args:
+            layer_names: of the layers whose pages ``connector`` moves, in its order.
+
+        Raises:
+            UnsupportedModelError: what vLLM has loaded cannot be blended, or was not found.
+        """
+        layer = vllm_config.compilation_config.static_forward_context.get(layer_names[0])
+        found = find_model(layer) if layer is not None else None
+        if found is None:
+            raise UnsupportedModelError(
+                layer,
+                "the model was not found: neither through the plug-in (is VLLM_PLUGINS set, without 'lmcache'?) nor in "
+                "the model runner",
+            )
+        model = VLLMModel(found, vllm_config)
+        if list(model.layers) != list(layer_names):
+            raise UnsupportedModelError(found, "its attention layers are not those of vLLM's KV pages, in their order")
+        if connector.kv_layout.packed:
+            raise UnsupportedModelError(
+                found, f"pages of the layout {connector.kv_layout.name!r} are packed: single tokens cannot be read"
+            )
+        return cls(model, find_ropes(model), connector, vllm_config.scheduler_config.max_num_batched_tokens)
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[PagedRequest]) -> dict[str, BlendReport | Exception]:
+        """Fill the pages of all ``requests``: one pass for those with the same policy and corrector.
+
+        By request: what was done, or why its pages must not be used.
+        """
+        together: defaultdict[tuple[int, int], list[PagedRequest]] = defaultdict(list)
+        for request in requests:
+            options = request.prepared.options
+            together[id(options.policy), id(options.corrector)].append(request)
+        done: dict[str, BlendReport | Exception] = {}
+        for group in together.values():
+            done.update(self._run_group(group))
+        return done
+
+    def _run_group(self, group: list[PagedRequest]) -> dict[str, BlendReport | Exception]:
+        try:
+            return self._blend(group)
+        except Exception as error:
+            if len(group) == 1:
+                return {group[0].req_id: error}
+        # One of them may have spoilt it for all.
+        done: dict[str, BlendReport | Exception] = {}
+        for request in group:
+            done.update(self._run_group([request]))
+        return done
+
+    def _blend(self, group: list[PagedRequest]) -> dict[str, BlendReport | Exception]:
+        start = time.perf_counter()
+        prompts = [
+            PagedPrompt(
+                num_tokens=len(prepared.token_ids),
+                # The last token is vLLM's own; it writes its slot itself.
+                slots=slots[: len(prepared.token_ids) - 1],
+                exact_tokens=prepared.exact_tokens,
+                passages=prepared.passages,
+                ratio=prepared.options.ratio,
+            )
+            for _, prepared, slots in group
+        ]
+        host = VLLMHost(self._model, [torch.tensor(prepared.token_ids) for _, prepared, _ in group])
+        options = group[0].prepared.options
+        result = blend_pages(
+            host, self._connector, prompts, self._ropes, options.policy, options.corrector, max_rows=self._max_rows
+        )
+        seconds = {**result.seconds, "total": time.perf_counter() - start}
+        return {
+            request.req_id: BlendReport(plan, budget, fallback, seconds)
+            for request, plan, budget, fallback in zip(
+                group, result.plans, result.charged_budgets, result.fallbacks, strict=True
+            )
+        }
+
+
+def report_of(prepared: PreparedBlend, report: BlendReport) -> dict[str, Any]:
+    """``kv_transfer_params.lmcache.blend`` of a response; times in milliseconds."""
+    options = prepared.options
+    blended = report.fallback is None
+    recomputed = report.recomputed if blended else []
+    return {
+        "prefix_tokens": prepared.exact_tokens,
+        "segments": [
+            {
+                "start": passage.start,
+                "end": passage.end,
+                "old_start": passage.old_start,
+                "tokens_by_tier": passage.tokens_by_tier,
+            }
+            for passage in prepared.passages
+            if blended
+        ],
+        "recomputed": recomputed,
+        "recomputed_tokens": sum(end - start for start, end in recomputed),
+        "policy": options.policy.name,
+        "corrector": options.corrector.name,
+        "ratio": options.ratio,
+        "charged_budget": round(report.charged_budget, 4),
+        "milliseconds": {phase: round(1e3 * seconds, 3) for phase, seconds in report.seconds.items()},
+        "fallback": report.fallback,
+    }

@@ -1,0 +1,99 @@
+"""Which passages of a prompt the cache knows, for the scheduler role."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache.blend.passage_lease import HeldPassage, PassageLease
+from lmcache.cache_engine import LMCacheEngine
+from lmcache.config import LMCacheEngineConfig
+from lmcache.keys import CacheKey, token_array
+from lmcache.segmentation.anchors import WINDOW
+from lmcache.segmentation.explicit import explicit_passages
+from lmcache.segmentation.known_passages import KnownPassages
+from lmcache.segmentation.passage_index import PassageMatch
+from lmcache.segmentation.separator_text import SeparatorFinder
+from lmcache.segmentation.token_text import Tokenizer, TokenReader
+
+Range = tuple[int, int]
+
+
+@dataclass
+class FoundPassages:
+    """``ranges`` are the passages that the prompt is cut into; None where nothing but the cache tells them."""
+
+    lease: PassageLease
+    ranges: list[Range] | None
+
+    def held(self, start: int, end: int, min_tokens: int) -> list[HeldPassage]:
+        """What has arrived of the tokens ``[start, end)``; no run reaches over the border of a passage."""
+        ranges = [(start, end)] if self.ranges is None else self.ranges
+        return [
+            passage
+            for first, last in ranges
+            for passage in self.lease.passages(max(first, start), min(last, end), min_tokens)
+        ]
+
+
+class PassageFinder:
+    """Cuts prompts as ``blend_segmentation`` says, and finds what the cache has of them."""
+
+    def __init__(
+        self, engine: LMCacheEngine, known: KnownPassages, config: LMCacheEngineConfig, tokenizer: Tokenizer | None
+    ) -> None:
+        """``tokenizer`` is needed for separators, and for ranges of characters.
+
+        Raises:
+            ValueError: the separator cannot be found with this tokenizer.
+        """
+        self._engine = engine
+        self._known = known
+        self._config = config
+        self._reader = TokenReader(tokenizer) if tokenizer is not None else None
+        self._separator: SeparatorFinder | None = None
+        if config.blend_segmentation == "separator":
+            if tokenizer is None:
+                raise ValueError(
+                    "blend_segmentation='separator' needs the model's tokenizer, and vLLM runs without one"
+                )
+            self._separator = SeparatorFinder(tokenizer, config.blend_special_str, self._reader)
+
+    def ranges(self, tokens: Sequence[int], segments: Any) -> list[Range] | None:
+        """The passages that the prompt is cut into, half-open ranges; None: only the cache knows.
+
+        Args:
+            segments: what the request said of them.
+
+        Raises:
+            ValueError: ``segments`` cannot be used.
+        """
+        if segments is not None:
+            return explicit_passages(segments, tokens, self._reader)
+        if self._separator is not None:
+            return self._separator.passages(tokens)
+        return [] if self._config.blend_segmentation == "explicit" else None
+
+    def find(self, tokens: Sequence[int], start: int, ranges: list[Range] | None, namespace: bytes) -> FoundPassages:
+        """Hold what the cache has of ``tokens[start:]``, and start the reads of what lies in slower tiers."""
+        if ranges == []:
+            return FoundPassages(PassageLease(), ranges)
+        # Where passages are cut anyway, a part of one may be shorter.
+        min_tokens = self._config.blend_min_tokens if ranges is None else WINDOW
+        seams = [first - start for first, _ in ranges or () if first >= start]
+        behind: npt.NDArray[np.uint32] = token_array(tokens)[start:]
+        matches = [
+            _shifted(match, start) for match in self._known.find(behind, namespace, max(min_tokens, WINDOW), seams)
+        ]
+        connector = self._engine.gpu_connector
+        assert connector is not None
+        return FoundPassages(PassageLease.take(self._engine.storage, matches, connector.spec), ranges)
+
+
+def _shifted(match: PassageMatch[CacheKey], by: int) -> PassageMatch[CacheKey]:
+    pieces = tuple(replace(piece, start=piece.start + by, end=piece.end + by) for piece in match.pieces)
+    return replace(match, start=match.start + by, end=match.end + by, pieces=pieces)

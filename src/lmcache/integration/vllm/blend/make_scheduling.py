@@ -1,0 +1,40 @@
+"""Puts the scheduler role's half of CacheBlend together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmcache.config import LMCacheEngineConfig
+from lmcache.integration.vllm.blend.find_passages import PassageFinder
+from lmcache.integration.vllm.blend.options import BlendDefaults
+from lmcache.integration.vllm.blend.scheduling import BlendScheduling
+from lmcache.integration.vllm.shared_engine import SharedEngine
+from lmcache.segmentation.token_text import Tokenizer
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def make_scheduling(shared: SharedEngine, vllm_config: VllmConfig) -> BlendScheduling | None:
+    """None when the configuration has CacheBlend off.
+
+    Raises:
+        ValueError: the configuration cannot work with this model.
+    """
+    config, known = shared.config, shared.manager.passages
+    if known is None:
+        return None
+    finder = PassageFinder(shared.engine, known, config, _tokenizer(config, vllm_config))
+    block_size = vllm_config.cache_config.block_size
+    return BlendScheduling(finder, BlendDefaults(config), config, shared.metrics, block_size)
+
+
+def _tokenizer(config: LMCacheEngineConfig, vllm_config: VllmConfig) -> Tokenizer | None:
+    """The model's, where passages may be told in text."""
+    model = vllm_config.model_config
+    if config.blend_segmentation == "automatic" or model.skip_tokenizer_init:
+        return None
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer: Tokenizer = cached_tokenizer_from_config(model)
+    return tokenizer

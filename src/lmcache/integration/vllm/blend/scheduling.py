@@ -1,0 +1,187 @@
+"""The scheduler role's half of CacheBlend: which requests are blended, and with what."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmcache.blend.passage_lease import HeldPassage, PassageLease
+from lmcache.config import LMCacheEngineConfig
+from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
+from lmcache.integration.vllm.blend.find_passages import FoundPassages, PassageFinder, Range
+from lmcache.integration.vllm.blend.options import BlendDefaults, BlendOptions
+from lmcache.observability.logging import init_logger, log_limited
+from lmcache.observability.metrics import Metrics
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = init_logger(__name__)
+
+
+@dataclass
+class PreparedBlend:
+    """A promise to the scheduler: the worker role fills the pages behind ``exact_tokens`` up to the last token."""
+
+    token_ids: list[int]
+    exact_tokens: int
+    passages: list[HeldPassage]
+    lease: PassageLease
+    options: BlendOptions
+
+    @property
+    def reused_tokens(self) -> int:
+        return int(_covered(self.passages, len(self.token_ids)).sum())
+
+    def tokens_by_tier(self) -> dict[str, int]:
+        tiers: dict[str, int] = {}
+        for passage in self.passages:
+            for tier, tokens in passage.tokens_by_tier.items():
+                tiers[tier] = tiers.get(tier, 0) + tokens
+        return tiers
+
+    def holes(self) -> list[Range]:
+        """Half-open ranges behind the exact tokens that no passage has."""
+        free = ~_covered(self.passages, len(self.token_ids))
+        free[: self.exact_tokens] = False
+        edges = np.flatnonzero(np.diff(free.astype(np.int8), prepend=0, append=0))
+        return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
+
+
+@dataclass
+class RequestBlend:
+    """What is known of one request's blend; ``fallback`` says why there is none."""
+
+    options: BlendOptions | None
+    ranges: list[Range] | None = None
+    hashes: SaltedBlockHashes = field(default_factory=SaltedBlockHashes)
+    found: FoundPassages | None = None
+    found_for: tuple[int, int] = (-1, -1)
+    prepared: PreparedBlend | None = None
+    exact_tokens: int | None = None
+    """How many leading tokens may be kept as an exact prefix; None: all, nothing was ever blended."""
+    holes: list[Range] | None = None
+    """What was computed anew in the last blend."""
+    fallback: str | None = None
+    find_seconds: float = 0.0
+    asked_at: float | None = None
+    wait_seconds: float = 0.0
+
+    def release(self) -> None:
+        """Give back what is held and was not handed over."""
+        found, self.found = self.found, None
+        self.prepared, self.found_for = None, (-1, -1)
+        if found is not None:
+            found.lease.release()
+
+    def take(self) -> PreparedBlend:
+        """Hand the promise over to the worker role, with what it holds."""
+        assert self.prepared is not None
+        prepared, self.prepared, self.found, self.found_for = self.prepared, None, None, (-1, -1)
+        before = prepared.exact_tokens if self.exact_tokens is None else self.exact_tokens
+        self.exact_tokens = min(before, prepared.exact_tokens)
+        self.holes = prepared.holes()
+        return prepared
+
+
+class BlendScheduling:
+    """Decides for each request, at its look-up. Errors of a request are its own: it is served without a blend."""
+
+    def __init__(
+        self,
+        finder: PassageFinder,
+        defaults: BlendDefaults,
+        config: LMCacheEngineConfig,
+        metrics: Metrics,
+        block_size: int,
+    ) -> None:
+        self._finder = finder
+        self._defaults = defaults
+        self._config = config
+        self._metrics = metrics
+        self._block_size = block_size
+
+    def of(self, request: Request) -> RequestBlend:
+        """The blend of a new request; one without options is never blended."""
+        # Placeholders of pictures say nothing about their KV, and who wants the hidden state or the logits of every
+        # token of a prompt wants every token computed.
+        if (
+            getattr(request, "mm_features", None)
+            or getattr(request, "pooling_params", None) is not None
+            or getattr(request, "skip_reading_prefix_cache", False)
+        ):
+            return RequestBlend(None)
+        try:
+            options = self._defaults.for_request(request.kv_transfer_params or {})
+            # Also of a request that is not to be blended: its passages are kept for others.
+            ranges = self._finder.ranges(request.prompt_token_ids or [], options.segments)
+            return RequestBlend(options if options.enabled else None, ranges)
+        except ValueError as error:
+            return self._fallen_back(RequestBlend(None), "bad_request", str(error))
+
+    def look_up(self, blend: RequestBlend, request: Request, exact_tokens: int, namespace: bytes) -> bool:
+        """Start to look for what stands behind ``exact_tokens``; whether all reads have ended."""
+        if blend.options is None:
+            return True
+        wanted = (request.num_tokens, exact_tokens)
+        if blend.found_for != wanted:
+            blend.release()
+            start = time.perf_counter()
+            blend.found = self._finder.find(request.all_token_ids[:], exact_tokens, blend.ranges, namespace)
+            blend.found_for = wanted
+            blend.find_seconds = time.perf_counter() - start
+            blend.asked_at = time.monotonic()
+        assert blend.found is not None
+        return blend.found.lease.ready()
+
+    def promise(self, blend: RequestBlend, request: Request, exact_tokens: int) -> bool:
+        """Whether the request is to be blended, with what has arrived by now. Its block hashes are salted then."""
+        found = blend.found
+        if blend.options is None or found is None:
+            return False
+        if blend.prepared is not None:
+            return True
+        found.lease.cut()
+        if blend.asked_at is not None:
+            blend.wait_seconds = time.monotonic() - blend.asked_at
+        end = request.num_tokens - 1
+        passages = found.held(exact_tokens, end, self._config.blend_min_tokens)
+        reused = int(_covered(passages, end).sum())
+        if not reused:
+            self._fallen_back(
+                blend, "no_passage", f"no known passage of {self._config.blend_min_tokens} tokens or more"
+            )
+        elif reused < self._config.blend_min_coverage * (end - exact_tokens):
+            share = reused / (end - exact_tokens)
+            self._fallen_back(
+                blend,
+                "coverage",
+                f"{share:.0%} of the tokens are known, blend_min_coverage is {self._config.blend_min_coverage}",
+            )
+        else:
+            blend.fallback = None
+            blend.prepared = PreparedBlend(request.all_token_ids[:], exact_tokens, passages, found.lease, blend.options)
+            blend.hashes.apply(request, exact_tokens, self._block_size)
+            return True
+        found.lease.release()
+        return False
+
+    def _fallen_back(self, blend: RequestBlend, reason: str, words: str) -> RequestBlend:
+        if blend.fallback is None:
+            self._metrics.blend_fallback(reason)
+            if reason == "bad_request":
+                log_limited(logger, logging.WARNING, f"blend:{reason}", "a request is not blended: %s", words)
+            blend.fallback = words
+        return blend
+
+
+def _covered(passages: Sequence[HeldPassage], num_tokens: int) -> np.ndarray:
+    mask = np.zeros(num_tokens, bool)
+    for passage in passages:
+        mask[passage.start : passage.end] = True
+    return mask
