@@ -21,27 +21,65 @@ class ChunkPart(NamedTuple):
 
 
 class ChunkSource:
-    """A passage that lies in parts of consecutive chunks; a :class:`lmcache.blend.kv_source.KVSource`.
+    """A passage that lies in parts of consecutive chunks; a :class:`lmcache.blend.kv_source.PrefetchingSource`.
 
-    The chunks must be held for as long as it is used.
+    The chunks must be held until everything queued on the device of the pages is done.
     """
 
     def __init__(self, connector: PagedConnector, parts: Sequence[ChunkPart], length: int) -> None:
-        self._connector = connector
-        self._parts = parts
+        self._parts = [(connector.chunk_views(obj), offset, num_tokens) for obj, offset, num_tokens in parts]
+        self._device = connector.tensors[0].device
+        self._under_way: dict[int, _Arriving] = {}
         self.num_tokens = sum(part.num_tokens for part in parts)
         self.length = length
 
     def layer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`lmcache.blend.kv_source.KVSource`."""
+        """See :class:`lmcache.blend.kv_source.KVSource`. On the device of the pages."""
+        if self._device.type == "cpu":
+            return self._copied(layer_id)
+        self.prefetch(layer_id)
+        arriving = self._under_way.pop(layer_id)
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(arriving.done)
+        for plane in arriving.planes:
+            plane.record_stream(stream)
+        return arriving.planes
+
+    def prefetch(self, layer_id: int) -> None:
+        """Start the copy to the device, beside what is computed there."""
+        if self._device.type == "cpu" or layer_id in self._under_way:
+            return
+        stream = _copy_stream(self._device)
+        with torch.cuda.stream(stream):
+            planes = self._copied(layer_id)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(stream)
+        self._under_way[layer_id] = _Arriving(planes, done)
+
+    def _copied(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         planes: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        for obj, offset, num_tokens in self._parts:
+        for views, offset, num_tokens in self._parts:
             # A view per plane: [blocks, tokens per block, heads, dim].
-            for views, chunk in zip(planes, self._connector.chunk_views(obj), strict=True):
+            for pieces, chunk in zip(planes, views, strict=True):
                 plane = chunk[layer_id]
-                views.append(plane.reshape(-1, *plane.shape[2:])[offset : offset + num_tokens])
-        keys, values = (views[0] if len(views) == 1 else torch.cat(views) for views in planes)
+                piece = plane.reshape(-1, *plane.shape[2:])[offset : offset + num_tokens]
+                pieces.append(piece.to(self._device, non_blocking=True))
+        keys, values = (pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in planes)
         return keys, values
+
+
+class _Arriving(NamedTuple):
+    planes: tuple[torch.Tensor, torch.Tensor]
+    done: torch.cuda.Event
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _streams[device]
 
 
 class PagesSource:
@@ -50,12 +88,12 @@ class PagesSource:
     def __init__(self, connector: PagedConnector, slots: torch.Tensor) -> None:
         """``slots``: int64 ``[num_tokens]``, none negative."""
         self._connector = connector
-        self._slots = slots
+        self._index = connector.token_index(slots)
         self.num_tokens = self.length = len(slots)
 
     def layer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`lmcache.blend.kv_source.KVSource`."""
-        planes = self._connector.read_slots(layer_id, self._slots)
+        planes = self._connector.read_tokens(layer_id, self._index)
         if len(planes) != 2:
             raise KVLoadError("pages of a model with MLA cannot be blended")
         return planes[0], planes[1]

@@ -69,14 +69,15 @@ def blend_pages(
     result has "write" besides the phases of :func:`lmcache.blend.blend_pass.blend`.
     """
     planned = [prompt.planned(connector) for prompt in prompts]
-    written, slots = _rows_to_write(prompts)
+    rows, slots = _rows_to_write(prompts)
+    index = connector.token_index(slots)
+    rows = rows.to(connector.tensors[0].device)
     writing = 0.0
 
     def write(layer_id: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         nonlocal writing
         start = time.perf_counter()
-        rows = written.to(keys.device)
-        connector.write_slots(layer_id, slots, (keys[rows], values[rows]))
+        connector.write_tokens(layer_id, index, (keys[rows], values[rows]))
         writing += time.perf_counter() - start
 
     result = blend(host, planned, ropes, policy, corrector, seed=seed, max_rows=max_rows, on_layer=write)

@@ -44,24 +44,27 @@ class PagedConnector(GPUConnectorInterface):
             ValueError: the pages are packed.
         """
 
-    def read_slots(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """K and V (only the latent for MLA) of one layer, each ``[T, heads, dim]``, for ``slots`` (int64 ``[T]``).
+    def token_index(self, slots: torch.Tensor) -> TokenIndex:
+        """``slots`` (int64 ``[T]`` on the CPU, none negative) for :meth:`read_tokens` and :meth:`write_tokens`.
 
         Raises:
-            ValueError: the pages are packed, or a slot lies outside of them.
+            ValueError: a slot lies outside of the pages.
         """
-        index = self._index(slots)
-        return tuple(read_tokens(slot_view(plane), index) for plane in self._layer_planes(layer))
-
-    def write_slots(self, layer: int, slots: torch.Tensor, planes: Sequence[torch.Tensor]) -> None:
-        """The reverse of :meth:`read_slots`."""
-        index = self._index(slots)
-        for plane, values in zip(self._layer_planes(layer), planes, strict=True):
-            write_tokens(slot_view(plane), index, values)
-
-    def _index(self, slots: torch.Tensor) -> TokenIndex:
         self._check_slots(slots)
         return TokenIndex(slots, self.kv_layout.block_size, self.tensors[0].device)
+
+    def read_tokens(self, layer: int, index: TokenIndex) -> tuple[torch.Tensor, ...]:
+        """K and V (only the latent for MLA) of some tokens in one layer, each ``[T, heads, dim]``.
+
+        Raises:
+            ValueError: the pages are packed.
+        """
+        return tuple(read_tokens(slot_view(plane), index) for plane in self._layer_planes(layer))
+
+    def write_tokens(self, layer: int, index: TokenIndex, planes: Sequence[torch.Tensor]) -> None:
+        """The reverse of :meth:`read_tokens`."""
+        for plane, values in zip(self._layer_planes(layer), planes, strict=True):
+            write_tokens(slot_view(plane), index, values)
 
     def _layer_planes(self, layer: int) -> tuple[torch.Tensor, ...]:
         if self.kv_layout.packed:
