@@ -27,7 +27,8 @@ WITHOUT_CACHE = {"lmcache.skip_load": True, "lmcache.skip_save": True}
 
 @dataclass(frozen=True)
 class Answer:
-    """``tokens_by_tier`` tells how many of the ``reused_tokens`` came from "memory" and from "disk"."""
+    """``tokens_by_tier`` tells how many of the ``reused_tokens`` came from "memory" and from "disk"; of them CacheBlend
+    computed ``recomputed_tokens`` all the same."""
 
     question: str
     text: str
@@ -35,6 +36,7 @@ class Answer:
     reused_tokens: int
     tokens_by_tier: dict[str, int]
     seconds_to_first_token: float
+    recomputed_tokens: int = 0
 
 
 @dataclass
@@ -49,36 +51,43 @@ class Conversation:
         messages = [{"role": "system", "content": f"{INSTRUCTION}\n\n{DOCUMENT.read_text()}"}]
         for turn, question in enumerate(QUESTIONS):
             messages.append({"role": "user", "content": question})
-            answer = self._ask(question, messages, kv_transfer_params)
+            answer = ask(self.url, question, messages, kv_transfer_params)
             yield answer
             said = self.earlier_texts[turn] if self.earlier_texts else answer.text
             messages.append({"role": "assistant", "content": said})
 
     def warm_up(self) -> None:
         """A new server's first request pays for what is set up on first use; no measurement should."""
-        self._ask("", [{"role": "user", "content": "Hello."}], WITHOUT_CACHE)
+        ask(self.url, "", [{"role": "user", "content": "Hello."}], WITHOUT_CACHE)
 
-    def _ask(self, question: str, messages: list[dict[str, str]], params: dict[str, Any] | None) -> Answer:
-        body = {
-            "model": SERVED_NAME,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": MAX_TOKENS,
-            "kv_transfer_params": params,
-        }
-        start = time.perf_counter()
-        response = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=600)
-        seconds = time.perf_counter() - start
-        response.raise_for_status()
-        reply = response.json()
-        reuse = (reply.get("kv_transfer_params") or {}).get("lmcache", {})
-        return Answer(
-            question=question,
-            text=reply["choices"][0]["message"]["content"],
-            prompt_tokens=reply["usage"]["prompt_tokens"],
-            reused_tokens=reuse.get("reused_tokens", 0),
-            tokens_by_tier=reuse.get("tokens_by_tier", {}),
-            # vLLM tells what was reused only in replies that are not streamed. Such a reply is here once its last token
-            # is, so we take off the time between first and last token, which vLLM tells as well.
-            seconds_to_first_token=seconds - reply["metrics"]["generation_time_ms"] / 1000,
-        )
+
+def ask(
+    url: str, question: str, messages: list[dict[str, str]], params: dict[str, Any] | None, salt: str | None = None
+) -> Answer:
+    """One chat completion. Requests with different ``salt`` share nothing."""
+    body = {
+        "model": SERVED_NAME,
+        "messages": messages,
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        "kv_transfer_params": params,
+    }
+    if salt is not None:
+        body["cache_salt"] = salt
+    start = time.perf_counter()
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=600)
+    seconds = time.perf_counter() - start
+    response.raise_for_status()
+    reply = response.json()
+    reuse = (reply.get("kv_transfer_params") or {}).get("lmcache", {})
+    return Answer(
+        question=question,
+        text=reply["choices"][0]["message"]["content"],
+        prompt_tokens=reply["usage"]["prompt_tokens"],
+        reused_tokens=reuse.get("reused_tokens", 0),
+        tokens_by_tier=reuse.get("tokens_by_tier", {}),
+        # vLLM tells what was reused only in replies that are not streamed. Such a reply is here once its last token
+        # is, so we take off the time between first and last token, which vLLM tells as well.
+        seconds_to_first_token=seconds - reply["metrics"]["generation_time_ms"] / 1000,
+        recomputed_tokens=(reuse.get("blend") or {}).get("recomputed_tokens", 0),
+    )

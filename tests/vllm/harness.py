@@ -34,12 +34,19 @@ def model_path() -> Path:
     return Path(os.environ.get("SMOLLM2_PATH", REPOSITORY / ".cache" / "models" / "smollm2-bfloat16"))
 
 
-def run(scenario: str, *, timeout: float = 900, environ: dict[str, str] | None = None, **arguments: Any) -> Any:
-    """The result of ``scenarios.<scenario>(**arguments)``; AssertionError with the log's tail when it failed."""
+def run(
+    scenario: str,
+    *,
+    module: str = "tests.vllm.scenarios",
+    timeout: float = 900,
+    environ: dict[str, str] | None = None,
+    **arguments: Any,
+) -> Any:
+    """The result of ``module.<scenario>(**arguments)``; AssertionError with the log's tail when it failed."""
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "result.json")
         process = subprocess.run(
-            [sys.executable, "-m", "tests.vllm.scenarios", scenario, json.dumps(arguments), str(result)],
+            [sys.executable, "-m", module, scenario, json.dumps(arguments), str(result)],
             env={**os.environ, **VLLM_ENVIRONMENT, **(environ or {})},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,

@@ -231,12 +231,15 @@ class WorkerSide:
         return self._slot_mapping(op.block_ids, len(prepared.token_ids), first=0)
 
     def _count_blend(self, req_id: str, prepared: PreparedBlend, report: BlendReport) -> None:
-        told = report_of(prepared, report)
-        self._shared.blend_reports[req_id] = told
-        if report.fallback is None:
-            self.metrics.blended(prepared.reused_tokens, told["recomputed_tokens"], report.seconds)
-        else:
-            self.metrics.blend_fallback("passage_load")
+        try:
+            told = report_of(prepared, report)
+            self._shared.blend_reports[req_id] = told
+            if report.fallback is None:
+                self.metrics.blended(prepared.reused_tokens, told["recomputed_tokens"], report.seconds)
+            else:
+                self.metrics.blend_fallback("passage_load")
+        except Exception as error:  # the blend itself is done
+            report_failure(self.metrics, "blend_report", error)
 
     def _load_failed(self, op: LoadOp, error: Exception) -> None:
         with self._lock:

@@ -164,9 +164,10 @@ class BlendScheduling:
                 f"{share:.0%} of the tokens are known, blend_min_coverage is {self._config.blend_min_coverage}",
             )
         else:
+            # First of all: should it fail, nothing was promised.
+            blend.hashes.apply(request, exact_tokens, self._block_size)
             blend.fallback = None
             blend.prepared = PreparedBlend(request.all_token_ids[:], exact_tokens, passages, found.lease, blend.options)
-            blend.hashes.apply(request, exact_tokens, self._block_size)
             return True
         found.lease.release()
         return False

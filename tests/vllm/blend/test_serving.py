@@ -1,0 +1,91 @@
+"""CacheBlend as vLLM serves it: right at ratio 1, never in an exact cache, and never the reason of a failed request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.vllm.harness import run
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+MODULE = "tests.vllm.blend.serving_scenarios"
+
+
+def was_blended(answer: dict[str, Any]) -> bool:
+    blend = answer["reuse"]["blend"]
+    return blend["fallback"] is None and bool(blend["segments"])
+
+
+@pytest.mark.parametrize(("connector", "prompts", "rows"), [("built-in", 20, 2048), ("dynamic", 4, 128)])
+def test_at_ratio_one_the_answer_is_that_of_full_prefill(connector: str, prompts: int, rows: int) -> None:
+    """32 greedy tokens of each prompt, the second time in forwards of at most 128 rows."""
+    found = run("served", module=MODULE, connector=connector, prompts=prompts, rows=rows)
+
+    assert [blended["tokens"] for _, blended in found["pairs"]] == [full["tokens"] for full, _ in found["pairs"]]
+    for _, blended in found["pairs"]:
+        report = blended["reuse"]["blend"]
+        assert was_blended(blended)
+        assert report["recomputed_tokens"] == sum(end - start for start, end in report["recomputed"]) > 300
+    # Two blended prompts and a plain one in one batch
+    assert [answer["tokens"] for answer in found["mixed"]] == [answer["tokens"] for answer in found["apart"]]
+    assert [bool(answer["reuse"]["blend"]) for answer in found["mixed"]] == [True, False, True]
+    # Behind what vLLM's own prefix cache had
+    expected, behind = found["behind"]
+    assert behind["tokens"] == expected["tokens"]
+    assert was_blended(behind)
+    assert behind["reuse"]["blend"]["prefix_tokens"] > 128
+    assert found["leaks"] == []
+    # Noise in place of KV: of no matter where all is computed, and seen where nothing is.
+    assert found["noise"]["all"]["tokens"] == found["apart"][0]["tokens"]
+    assert found["noise"]["none"]["tokens"] != found["apart"][0]["tokens"]
+
+
+def same(expected: dict[str, Any], answer: dict[str, Any]) -> bool:
+    return answer["tokens"] == expected["tokens"] and answer["logprobs"] == pytest.approx(
+        expected["logprobs"], abs=1e-3
+    )
+
+
+def test_no_plain_request_is_served_with_blended_kv() -> None:
+    for name, attack in run("attacks", module=MODULE, salted=True).items():
+        # Behind an equal plain request at the same moment there is nothing to blend: vLLM shares its blocks at once.
+        assert attack["blended"] > 0 or name == "together, plain first", f"{name}: nothing was tried"
+        for answer in attack["answers"]:
+            assert same(attack["expected"], answer), name
+
+
+def test_without_the_salt_plain_requests_would_be_served_with_blended_kv() -> None:
+    found = run("attacks", module=MODULE, salted=False)
+    spoilt = {name for name, attack in found.items() if not all(same(attack["expected"], a) for a in attack["answers"])}
+    assert {"after", "two blended at once"} <= spoilt
+
+
+@pytest.mark.parametrize("connector", ["built-in", "dynamic"])
+def test_a_blend_that_fails_anywhere_is_answered_from_full_prefill(connector: str) -> None:
+    found = run("faults", module=MODULE, connector=connector)
+    for name, answer in found["answers"].items():
+        if name.endswith("call 0"):
+            assert answer["failed"], f"{name} was never called"
+        assert answer["tokens"] == answer["expected"] or not answer["failed"] or "report" in name, name
+        if answer["failed"]:
+            assert answer["segments"] == 0, name
+        assert answer["blends_again"], name
+    assert found["leaks"] == []
+    assert found["reports"] == 0
+    assert found["metrics"]['lmcache_blend_fallbacks_total{reason="error"}'] >= 5
+
+
+def test_300_random_requests() -> None:
+    """Blended, plain and aborted, with preemption: the plain ones get what they get of a vLLM without us."""
+    without = run("storm", module=MODULE, blending=False, count=300)
+    served = run("storm", module=MODULE, blending=True, count=300)
+
+    assert served["preempted"] > 0, "the page pool must be small enough for this test to tell"
+    assert served["blended"] > 50
+    both = without["texts"].keys() & served["texts"].keys()
+    assert len(both) > 90
+    assert {name: served["texts"][name] for name in both} == {name: without["texts"][name] for name in both}
+    assert served["leaks"] == []
+    assert served["free"] == served["total"]
