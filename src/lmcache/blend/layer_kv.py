@@ -58,7 +58,7 @@ class BatchKV:
 
     def __init__(self, batch: BlendBatch, ropes: Sequence[FusedRope | None], corrector: Corrector) -> None:
         self._batch = batch
-        self._ropes = ropes
+        self.ropes = ropes
         self._corrector = corrector
         self._layers: dict[int, LayerKV] = {}
         self._holes = torch.nonzero(~(batch.reusable | batch.exact))[:, 0]
@@ -87,7 +87,7 @@ class BatchKV:
 
     def _prefetch(self, layer_id: int) -> None:
         """Let sources bring the next layer while this one is used."""
-        if layer_id < len(self._ropes):
+        if layer_id < len(self.ropes):
             for placed in self._batch.placed:
                 prefetch = getattr(placed.source, "prefetch", None)
                 if prefetch is not None:
@@ -108,7 +108,7 @@ class BatchKV:
                     f"{list(ours.shape[1:])} a token, and {taken.stop} tokens are wanted",
                 )
             ours[start:end] = theirs[taken]
-        rope = self._ropes[layer.layer_id]
+        rope = self.ropes[layer.layer_id]
         if rope is not None and not span.exact:
             new = self._batch.positions[start:end]
             rope.fused_encode(
@@ -148,7 +148,7 @@ class BatchKV:
                 fresh_values=v,
                 spans=tuple((begin, stop) for begin, stop in spans if begin < stop),
                 positions=self._batch.positions.to(device),
-                rope=self._ropes[layer.layer_id],
+                rope=self.ropes[layer.layer_id],
             )
         )
         self.seconds["correct"] += time.perf_counter() - start

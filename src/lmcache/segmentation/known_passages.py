@@ -70,9 +70,9 @@ class KnownPassages:
             before: the chunk in front of the first, if it is known too.
         """
         for chunk in chunks:
-            # A seam too close to the end of its chunk for a window moves to the start of the next.
-            inside = {max(0, seam - chunk.start) for seam in seams if -WINDOW < seam - chunk.start < len(chunk.tokens)}
-            # A prompt is searched from where its exact prefix ends, which is where a chunk begins.
+            inside = {seam - chunk.start for seam in seams if 0 <= seam - chunk.start < len(chunk.tokens)}
+            # The start of every chunk counts too: a prompt is searched from where its exact prefix ends, which is such
+            # a start, and a seam too close to the end of its chunk for a window is found by the start of the next.
             row = CatalogRow(chunk.key, chunk.tokens, chunk.start, before, tuple(sorted(inside | {0})))
             if self._note(row) and self._catalog is not None:
                 self._catalog.put(row)

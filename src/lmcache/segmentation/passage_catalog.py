@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from lmcache.keys import KEY_BYTES, CacheKey, PrefixKey, SegmentKey
+from lmcache.keys import CacheKey, PrefixKey, SegmentKey
 from lmcache.observability.logging import init_logger, log_limited
 
 logger = init_logger(__name__)
@@ -24,7 +24,8 @@ logger = init_logger(__name__)
 FILE = "passages.sqlite"
 _QUEUED = 1 << 16
 _BATCH = 512
-_SCHEMA = "CREATE TABLE IF NOT EXISTS passages_1 (key BLOB PRIMARY KEY, row BLOB NOT NULL, digest BLOB NOT NULL)"
+# As SQLite keeps it: whatever else a file says of itself, it is of another program.
+_SCHEMA = "CREATE TABLE passages_1 (key BLOB PRIMARY KEY, row BLOB NOT NULL, digest BLOB NOT NULL)"
 
 
 class CatalogRow(NamedTuple):
@@ -47,21 +48,23 @@ class _Stored(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     seams: tuple[int, ...]
 
 
-_Change: TypeAlias = "CatalogRow | CacheKey | None"  # a row to put, a key to remove, the end
+# A row to put, a key to remove, the rowid of a damaged row, damage that was met when reading, the end.
+_Change: TypeAlias = "CatalogRow | CacheKey | int | sqlite3.DatabaseError | None"
 
 
 class PassageCatalog:
     """One row a chunk, written behind the caller's back by one thread.
 
     Every row carries a digest over all of it; one that does not match, or does not read, is dropped. A file that is no
-    catalog is set aside. No method raises for a fault of the medium: from then on nothing is written.
+    catalog, or turns out to be damaged, is set aside. No method raises for a fault of the medium: from then on nothing
+    is written.
     """
 
     def __init__(self, directory: Path) -> None:
         """``directory`` must be ours alone, as the disk tier's is."""
         self._path = directory / FILE
         self._queue: queue.Queue[_Change] = queue.Queue(_QUEUED)
-        self._broken = False
+        self._broken = self._reading = self._set_aside_once = False
         self.dropped = 0
         """Rows that were not written because too many were waiting."""
         self._prepare()
@@ -72,14 +75,25 @@ class PassageCatalog:
         """All rows that are sound, in the order in which they were put."""
         if self._broken:
             return
-        with closing(self._connect()) as connection:
-            for key, row, digest in connection.execute("SELECT key, row, digest FROM passages_1 ORDER BY rowid"):
-                sound = _read(key, row, digest)
-                if sound is not None:
-                    yield sound
-                elif isinstance(key, bytes) and len(key) == KEY_BYTES:
+        self._reading, failure = True, None
+        try:
+            with closing(self._connect()) as connection:
+                rows = connection.execute("SELECT rowid, key, row, digest FROM passages_1 ORDER BY rowid")
+                for rowid, key, row, digest in rows:
+                    sound = _read(key, row, digest)
+                    if sound is not None:
+                        yield sound
+                        continue
                     log_limited(logger, logging.WARNING, "catalog:row", "a damaged row of %s was dropped", self._path)
-                    self.remove(SegmentKey(key))
+                    self._enqueue(rowid)
+        except sqlite3.DatabaseError as error:
+            failure = error
+        finally:
+            self._reading = False
+        if failure is not None and _is_damage(failure):
+            self._enqueue(failure)
+        elif failure is not None:
+            self._give_up(failure)
 
     def put(self, row: CatalogRow) -> None:
         """Keep ``row``. Never waits."""
@@ -102,37 +116,58 @@ class PassageCatalog:
             self.dropped += 1
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=10)
+        connection = sqlite3.connect(self._path, timeout=10)
+        connection.text_factory = bytes  # damage can make text of anything
+        return connection
 
     def _prepare(self) -> None:
         try:
             try:
                 self._create()
-            except sqlite3.OperationalError:
-                raise
             except sqlite3.DatabaseError as error:
-                aside = self._path.with_suffix(".damaged")
-                logger.warning("%s is no catalog of passages (%s): set aside as %s", self._path, error, aside.name)
-                self._path.replace(aside)
-                self._create()
+                self._start_afresh(error)
         except (sqlite3.Error, OSError) as error:
             self._give_up(error)
 
     def _create(self) -> None:
         with closing(self._connect()) as connection, connection:
+            tables = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+            if not tables:
+                connection.execute(_SCHEMA)
+            elif tables != [(_SCHEMA.encode(),)]:
+                raise sqlite3.DatabaseError("it is of another program")
+        with closing(self._connect()) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute(_SCHEMA)
-            connection.execute("SELECT key FROM passages_1 LIMIT 1").fetchone()
+
+    def _start_afresh(self, error: sqlite3.DatabaseError) -> None:
+        """Set the file aside and begin another, if that can help; raises ``error`` if not."""
+        # A reader would take its log with it.
+        if not _is_damage(error) or self._set_aside_once or self._reading:
+            raise error
+        self._set_aside_once = True
+        aside = self._path.with_suffix(".damaged")
+        logger.warning("%s is no sound catalog of passages (%s): set aside as %s", self._path, error, aside.name)
+        self._path.replace(aside)
+        for suffix in ("-wal", "-shm"):  # SQLite would play the log into the new file
+            self._path.with_name(FILE + suffix).unlink(missing_ok=True)
+        self._create()
 
     def _write(self) -> None:
         try:
-            with closing(self._connect()) as connection:
-                connection.execute("PRAGMA synchronous=NORMAL")
-                while self._write_batch(connection):
-                    pass
-        except (sqlite3.Error, OSError) as error:
+            try:
+                self._write_all()
+            except sqlite3.DatabaseError as error:
+                self._start_afresh(error)
+                self._write_all()
+        except Exception as error:
             self._give_up(error)
             while self._queue.get() is not None:
+                pass
+
+    def _write_all(self) -> None:
+        with closing(self._connect()) as connection:
+            connection.execute("PRAGMA synchronous=NORMAL")
+            while self._write_batch(connection):
                 pass
 
     def _write_batch(self, connection: sqlite3.Connection) -> bool:
@@ -147,9 +182,12 @@ class PassageCatalog:
                         break
                 if change is None:
                     return False
+                if isinstance(change, sqlite3.DatabaseError):
+                    raise change
                 if isinstance(change, CatalogRow):
-                    if not self._broken:
-                        connection.execute("INSERT OR REPLACE INTO passages_1 VALUES (?, ?, ?)", _written(change))
+                    connection.execute("INSERT OR REPLACE INTO passages_1 VALUES (?, ?, ?)", _written(change))
+                elif isinstance(change, int):
+                    connection.execute("DELETE FROM passages_1 WHERE rowid = ?", (change,))
                 else:
                     connection.execute("DELETE FROM passages_1 WHERE key = ?", (bytes(change),))
         return True
@@ -166,14 +204,19 @@ class PassageCatalog:
         )
 
 
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file is to blame. Its subclasses say that the medium or the program is."""
+    return type(error) is sqlite3.DatabaseError
+
+
 def _written(row: CatalogRow) -> tuple[bytes, bytes, bytes]:
     stored = _Stored(
         is_prefix=isinstance(row.key, PrefixKey),
         tokens=row.tokens.astype("<u4").tobytes(),
-        start=row.start,
+        start=int(row.start),
         before=bytes(row.before or b""),
         before_is_prefix=isinstance(row.before, PrefixKey),
-        seams=row.seams,
+        seams=tuple(map(int, row.seams)),
     )
     key, data = bytes(row.key), msgspec.msgpack.encode(stored)
     return key, data, blake3(key + data).digest()

@@ -132,7 +132,6 @@ class PassageIndex(Generic[KeyT]):
             chunk = self._new_id()
             self._ids[key] = chunk
             self._keys[chunk], self._starts[chunk], self._lengths[chunk] = key, start, len(tokens)
-            self._namespaces[chunk] = namespace
             self._block(chunk)[: len(tokens)] = tokens
             parent = self._ids.get(before, -1) if before is not None else -1
             if parent >= 0 and self._namespaces[parent] != namespace:
@@ -140,6 +139,8 @@ class PassageIndex(Generic[KeyT]):
             self._before[chunk] = parent
             if parent >= 0:
                 self._behind[parent].append(chunk)
+                namespace = self._namespaces[parent]  # one object for all chunks of a prompt
+            self._namespaces[chunk] = namespace
             self._table.put(hashes, chunk * self._size + at)
 
     def discard(self, key: KeyT) -> None:

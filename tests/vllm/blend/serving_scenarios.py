@@ -11,12 +11,12 @@ from unittest.mock import patch
 
 from lmcache.blend.chunk_source import ChunkSource
 from lmcache.blend.correctors.kriging import KrigingCorrector
+from lmcache.blend.find_passages import PassageFinder
 from lmcache.blend.passage_lease import PassageLease
 from lmcache.blend.policies.sampled_attention import SampledAttentionPolicy
 from lmcache.blend.rope import FusedRope
 from lmcache.integration.vllm import worker_side
 from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
-from lmcache.integration.vllm.blend.find_passages import PassageFinder
 from lmcache.integration.vllm.blend.host import VLLMHost
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling
 from lmcache.paging.paged_connector import PagedConnector

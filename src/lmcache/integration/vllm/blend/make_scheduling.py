@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lmcache.blend.find_passages import PassageFinder
 from lmcache.config import LMCacheEngineConfig
-from lmcache.integration.vllm.blend.find_passages import PassageFinder
 from lmcache.integration.vllm.blend.options import BlendDefaults
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling
 from lmcache.integration.vllm.shared_engine import SharedEngine

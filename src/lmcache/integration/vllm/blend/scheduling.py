@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lmcache.blend.find_passages import FoundPassages, PassageFinder, Range
 from lmcache.blend.passage_lease import HeldPassage, PassageLease
 from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
-from lmcache.integration.vllm.blend.find_passages import FoundPassages, PassageFinder, Range
 from lmcache.integration.vllm.blend.options import BlendDefaults, BlendOptions
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.observability.metrics import Metrics

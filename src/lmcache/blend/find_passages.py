@@ -1,4 +1,4 @@
-"""Which passages of a prompt the cache knows, for the scheduler role."""
+"""Which passages of a prompt the cache knows."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ class PassageFinder:
         self._separator: SeparatorFinder | None = None
         if config.blend_segmentation == "separator":
             if tokenizer is None:
-                raise ValueError(
-                    "blend_segmentation='separator' needs the model's tokenizer, and vLLM runs without one"
-                )
+                raise ValueError("blend_segmentation='separator' needs the tokenizer of the model, and there is none")
             self._separator = SeparatorFinder(tokenizer, config.blend_special_str, self._reader)
 
     def ranges(self, tokens: Sequence[int], segments: Any) -> list[Range] | None:
