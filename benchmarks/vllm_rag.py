@@ -85,7 +85,7 @@ def text(llm: Any, count: int, seed: int) -> list[int]:
 
 def with_connector(options: argparse.Namespace) -> dict[str, Any]:
     llm = start(options, connector=True)
-    system, question = text(llm, 40, -1), text(llm, 20, -2)
+    system, question = text(llm, 60, -1), text(llm, 20, -2)
     length = (options.tokens - len(system) - len(question)) // PASSAGES
     passages = [text(llm, length, seed) for seed in range(PASSAGES)]
     for passage in passages:
