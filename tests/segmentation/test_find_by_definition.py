@@ -29,6 +29,16 @@ def chunks(namespace: Namespace, tokens: np.ndarray, size: int) -> list[KnownChu
     return cut
 
 
+def uneven_chunks(namespace: Namespace, tokens: np.ndarray, lengths: list[int]) -> list[KnownChunk]:
+    """Any chunk may be short, as where a prompt goes on behind an earlier one's end."""
+    cut, start = [], 0
+    for length in lengths:
+        part = tokens[start : start + length]
+        cut.append(KnownChunk(placed_segment_key(namespace, part, start), part, start))
+        start += length
+    return cut
+
+
 class Stored(NamedTuple):
     """A prompt whose texts no other prompt has, so that every place is the only one."""
 
@@ -73,9 +83,15 @@ class Quote(NamedTuple):
 def stored_prompts(draw: st.DrawFn, size: int) -> list[Stored]:
     prompts = []
     for number in range(draw(st.integers(1, 3))):
-        tokens, tenant = text(draw(st.integers(0, 700)), number), draw(st.sampled_from(TENANTS))
-        seams = draw(st.lists(st.integers(0, 700), max_size=3))
-        prompts.append(Stored(tenant, tokens, chunks(tenant, tokens, size), seams))
+        tenant, seams = draw(st.sampled_from(TENANTS)), draw(st.lists(st.integers(0, 700), max_size=3))
+        if draw(st.booleans()):
+            tokens = text(draw(st.integers(0, 700)), number)
+            cut = chunks(tenant, tokens, size)
+        else:
+            lengths = draw(st.lists(st.integers(1, size) | st.integers(WINDOW, size), max_size=10))
+            tokens = text(sum(lengths), number)
+            cut = uneven_chunks(tenant, tokens, lengths)
+        prompts.append(Stored(tenant, tokens, cut, seams))
     return prompts
 
 

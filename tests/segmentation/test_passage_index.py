@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -213,3 +214,13 @@ def test_says_what_is_wrong():
         PassageIndex(31)
     with pytest.raises(ValueError, match="at most 64 tokens, got 65"):
         PassageIndex(64).add("key", text(65, 0), 0)
+
+
+def test_an_index_that_holds_little_takes_little_memory():
+    tracemalloc.start()
+    try:
+        index = PassageIndex(256)
+        add_prompt(index, "p", text(512, 1), 256)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -50,7 +50,7 @@ class PassageIndex(Generic[KeyT]):
 
     A prompt is searched for the anchors of all chunks; from an anchor, a match grows to both sides token by token, over
     the borders of chunks, so it ends exactly where the texts part. Every token of a match was compared. About
-    ``4 · chunk_size + 300`` bytes of host memory a chunk. Thread-safe.
+    ``5 · chunk_size + 400`` bytes of host memory a chunk. Thread-safe.
 
     Chunks of different namespaces (tenants, adapters) never meet. A *seam* is a place where a passage is known to
     begin: the window there is an anchor whatever its hash, so that short passages are found for certain.
