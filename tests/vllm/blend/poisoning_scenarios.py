@@ -16,7 +16,7 @@ from unittest.mock import PropertyMock, patch
 from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
 from lmcache.integration.vllm.request_tracker import RequestTracker
 from tests.vllm.blend.serving_scenarios import CONFIG, FARTHEST, PLAIN, Library
-from tests.vllm.scenarios import generate, leaked_references, shared_engines, shut_down, start_llm
+from tests.vllm.scenarios import leaked_references, shared_engines, shut_down, start_llm
 
 KEEPING = {key: value for key, value in FARTHEST.items() if key != "lmcache.skip_save"}
 PREFIX_ONLY = {"lmcache.blend": False, "lmcache.skip_save": True}
@@ -67,6 +67,11 @@ class Session:
         self.run()
         return self.finished.pop("asked")
 
+    def forget(self, llm: Any) -> None:
+        """Empty vLLM's prefix cache, once the last saves have given their blocks back."""
+        while not llm.reset_prefix_cache():
+            self.engine.step()
+
     def preemptions(self, name: str) -> int:
         requests = self.scheduler.requests.values()
         return max((one.num_preemptions for one in requests if one.request_id.startswith(name)), default=0)
@@ -93,13 +98,13 @@ def fresh(prompts: list[list[int]]) -> dict[str, Any]:
 def preempted(defended: bool) -> dict[str, Any]:
     """A blended request loses its blocks in the middle of its answer; the same is asked plainly then, and later."""
     config = {**CONFIG, "save_decode_cache": True}
-    few = {"num_gpu_blocks_override": 46, "block_size": 32, "max_model_len": 1280, "max_num_seqs": 4}
+    few = {"num_gpu_blocks_override": 34, "block_size": 32, "max_model_len": 1024, "max_num_seqs": 4}
     llm = start_llm("built-in", config, **few, enable_prefix_caching=True)
     library, session = Library(llm), Session(llm)
     library.warm(llm)
     filler, prompt = library.documents[0][:160], library.prompt(4)[:960]
     with ExitStack() if defended else undefended():
-        session.add("filler", filler, PLAIN, 400)
+        session.add("filler", filler, PLAIN, 200)
         session.step()
         session.add("blended", prompt, KEEPING, 150)
         asked, taken = False, 0
@@ -162,7 +167,7 @@ def restarted(directory: str, prompts: list[list[int]], known: list[int]) -> dic
     llm = start_llm("built-in", config, block_size=128, max_model_len=2048, enable_prefix_caching=True)
     session = Session(llm)
     attacks = [("restarted", prompt, session.ask(prompt, PREFIX_ONLY)) for prompt in prompts]
-    llm.reset_prefix_cache()
+    session.forget(llm)
     exact = session.ask([*known, *known[:64]], PREFIX_ONLY)
     leaks = leaked_references()
     shut_down(llm)
@@ -186,9 +191,8 @@ def prefix_in_flight(layerwise: bool) -> dict[str, Any]:
     first, second = [*new, *question], [*new, *library.documents[2], *library.documents[1], *question]
     params = PLAIN
     if layerwise:  # the prefix comes from our cache, layer by layer, beside that step's forward
-        generate(llm, [first], 1, {"lmcache.blend": False})
-        shared_engines()[0].saves.wait()
-        llm.reset_prefix_cache()
+        session.ask(first, {"lmcache.blend": False})
+        session.forget(llm)
         params = PREFIX_ONLY
     session.add("first", first, params)
     session.add("second", second, ALL_ROWS)

@@ -58,7 +58,7 @@ class SchedulerSide:
                 return None
             lease.cut()
         exact = max(lease.num_tokens, num_computed_tokens)
-        blended = self._blend(tracker, exact)
+        blended = self._blend(tracker, exact, num_computed_tokens)
         if blended is None:
             return None
         tracker.wait_until = None
@@ -70,7 +70,7 @@ class SchedulerSide:
             return 0
         return reusable
 
-    def _blend(self, tracker: RequestTracker, exact_tokens: int) -> bool | None:
+    def _blend(self, tracker: RequestTracker, exact_tokens: int, local_tokens: int) -> bool | None:
         """Whether the tokens behind ``exact_tokens`` are to be blended; None while that is not known yet."""
         scheduling = self._blend_scheduling()
         if scheduling is None or tracker.blend is None or exact_tokens >= tracker.request.num_tokens - 1:
@@ -81,6 +81,9 @@ class SchedulerSide:
                 tracker
             ):
                 return None
+            others = (other.request for other in self._trackers.values())
+            if scheduling.prefix_in_flight(tracker.request, local_tokens, others):
+                return None if self._may_wait(tracker) else False
             return scheduling.promise(tracker.blend, tracker.request, exact_tokens)
         except Exception as error:
             report_failure(self.metrics, "blend_look_up", error)

@@ -127,8 +127,8 @@ class WorkerSide:
         for load in meta.asynchronous_loads:
             self._shared.loads.submit(load.req_id, partial(self._load, load))
         for load in meta.loads:
-            # A blend stands on the whole prefix.
-            layerwise = self._shared.config.use_layerwise and load.req_id not in self._shared.prepared_blends
+            # A blend stands on the whole prefix, which may be what another request loads.
+            layerwise = self._shared.config.use_layerwise and not meta.blends
             self._load(load, layerwise=layerwise)
         if meta.blends:
             self._blend(meta.blends)

@@ -24,11 +24,12 @@ class SaltedBlockHashes:
         self._first: int | None = None
 
     def apply(self, request: Request, exact_tokens: int, block_size: int) -> None:
-        """Let only blocks that lie in the first ``exact_tokens`` keep their names."""
+        """Let only blocks that lie in the first ``exact_tokens`` keep their names. One at least must have a name."""
         hashes = request.block_hashes
         # vLLM may hash in steps other than its blocks; then all blocks of the request are kept apart.
         regular = len(hashes) == request.num_tokens // block_size
-        first = exact_tokens // block_size if regular else 0
+        # The last of them always changes: a block that blended tokens fill later is named after it.
+        first = min(exact_tokens // block_size, len(hashes) - 1) if regular else 0
         end = len(hashes) if self._first is None else self._first
         for index in range(first, end):
             raw = bytes(hashes[index])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from vllm.v1.request import RequestStatus
 
 from lmcache.blend.find_passages import FoundPassages, PassageFinder, Range
 from lmcache.blend.passage_lease import HeldPassage, PassageLease
@@ -139,6 +140,22 @@ class BlendScheduling:
         assert blend.found is not None
         return blend.found.lease.ready()
 
+    def prefix_in_flight(self, request: Request, local_tokens: int, others: Iterable[Request]) -> bool:
+        """Whether one of ``others`` computes some of the first ``local_tokens`` in this very step.
+
+        vLLM's prefix cache names blocks as soon as they are scheduled, and a blend reads them before the forward.
+        """
+        for other in others:
+            at = other.num_computed_tokens // self._block_size
+            if (
+                other is not request
+                and other.status == RequestStatus.RUNNING
+                and at < min(local_tokens // self._block_size, len(other.block_hashes))
+                and other.block_hashes[at] == request.block_hashes[at]
+            ):
+                return True
+        return False
+
     def promise(self, blend: RequestBlend, request: Request, exact_tokens: int) -> bool:
         """Whether the request is to be blended, with what has arrived by now. Its block hashes are salted then."""
         found = blend.found
@@ -152,7 +169,10 @@ class BlendScheduling:
         end = request.num_tokens - 1
         passages = found.held(exact_tokens, end, self._config.blend_min_tokens)
         reused = int(_covered(passages, end).sum())
-        if not reused:
+        if request.num_tokens < self._block_size:
+            # No block of it has a name yet, so none could be kept out of vLLM's prefix cache.
+            self._fallen_back(blend, "short", f"the prompt is shorter than a page of {self._block_size} tokens")
+        elif not reused:
             self._fallen_back(
                 blend, "no_passage", f"no known passage of {self._config.blend_min_tokens} tokens or more"
             )
