@@ -20,7 +20,7 @@ from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
 from lmcache.integration.vllm.blend.host import VLLMHost
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling
 from lmcache.paging.paged_connector import PagedConnector
-from tests.vllm.scenarios import corrupt_memory, generate, leaked_references, shared_engines, start_llm
+from tests.vllm.scenarios import corrupt_memory, generate, leaked_references, shared_engines, shut_down, start_llm
 
 CONFIG = {"enable_blending": True, "chunk_size": 64, "blend_min_tokens": 64}
 OPTIONS = {"block_size": 32, "max_model_len": 2048}
@@ -281,6 +281,56 @@ def storm(blending: bool, count: int) -> dict[str, Any]:
         "leaks": leaks + held,
         "free": free,
         "total": total,
+    }
+
+
+def separated() -> dict[str, Any]:
+    """Passages between separators, in another order; then a request that names its own, and ones that cannot be."""
+    llm = start_llm("built-in", {**CONFIG, "blend_segmentation": "separator", "blend_min_tokens": 48}, **OPTIONS)
+    encode, decode = llm.get_tokenizer().encode, llm.get_tokenizer().decode
+    library = Library(llm)
+    texts = [decode(document).strip() for document in library.documents[:3]]
+    generate(llm, [encode(" # # ".join(["You are a librarian.", *texts, "Which room?"]))], 1)
+    shared_engines()[0].saves.wait()
+    prompt = encode(" # # ".join(["You are a poet.", texts[2], texts[0] + " And more.", "Which shelf?"]))
+    found: dict[str, Any] = {"separator": generate(llm, [prompt], 4, {"lmcache.skip_save": True})[0]}
+    found["texts"] = [
+        decode(prompt[segment["start"] : segment["end"]])
+        for segment in found["separator"]["reuse"]["blend"]["segments"]
+    ]
+    found["passages"] = texts
+    start = decode(prompt).index(texts[2])
+    named = [{"start": start, "end": start + len(texts[2]), "unit": "char"}]
+    for name, params in (
+        ("named", {"lmcache.segments": named}),
+        ("out of range", {"lmcache.segments": [{"start": 5, "end": 99_999}]}),
+        ("ratio", {"lmcache.blend_ratio": 7}),
+        ("policy", {"lmcache.blend_policy": "magic"}),
+    ):
+        found[name] = generate(llm, [prompt], 4, {**params, "lmcache.skip_save": True})[0]
+    found["plain"] = generate(llm, [prompt], 4, PLAIN)[0]
+    return found
+
+
+def on_disk(directory: str, warm: bool) -> dict[str, Any]:
+    """Documents are read in by one server and asked about by the next."""
+    llm = start_llm("built-in", {**CONFIG, "local_disk": directory, "max_local_disk_size": 1}, **OPTIONS)
+    library = Library(llm)
+    (shared,) = shared_engines()
+    if warm:
+        library.warm(llm)
+        shared.manager.storage.flush(60)
+        shut_down(llm)
+        return {"known": len(shared.manager.passages)}
+    assert shared.manager.passages.loaded.wait(30)
+    prompt = library.prompt()
+    expected = generate(llm, [prompt], 16, PLAIN)[0]
+    blended = generate(llm, [prompt], 16, {"lmcache.blend_ratio": 1.0, "lmcache.skip_save": True})[0]
+    return {
+        "known": len(shared.manager.passages),
+        "expected": expected,
+        "blended": blended,
+        "leaks": leaked_references(),
     }
 
 

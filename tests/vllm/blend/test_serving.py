@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,3 +96,32 @@ def test_300_random_requests() -> None:
     assert {name: served["texts"][name] for name in both} == {name: without["texts"][name] for name in both}
     assert served["leaks"] == []
     assert served["free"] == served["total"]
+
+
+def test_passages_between_separators_are_found_and_nothing_across_them() -> None:
+    found = run("separated", module=MODULE)
+    for text, passage in zip(found["texts"], (found["passages"][2], found["passages"][0]), strict=True):
+        # Its first and last word may be of one token with the separator, and then belong to that.
+        assert text.strip() in passage
+        assert len(text) > 0.9 * len(passage)
+    (named,) = found["named"]["reuse"]["blend"]["segments"]
+    assert named["end"] - named["start"] > 100
+    for name, message in (
+        ("out of range", "lmcache.segments"),
+        ("ratio", "lmcache.blend_ratio=7"),
+        ("policy", "unknown selection policy"),
+    ):
+        assert message in found[name]["reuse"]["blend"]["fallback"]
+        assert found[name]["tokens"] == found["plain"]["tokens"]
+
+
+def test_after_a_restart_passages_come_from_disk(tmp_path: Path) -> None:
+    before = run("on_disk", module=MODULE, directory=str(tmp_path), warm=True)
+    after = run("on_disk", module=MODULE, directory=str(tmp_path), warm=False)
+    assert after["known"] == before["known"] > 6
+    assert was_blended(after["blended"])
+    assert {tier for one in after["blended"]["reuse"]["blend"]["segments"] for tier in one["tokens_by_tier"]} == {
+        "disk"
+    }
+    assert after["blended"]["tokens"] == after["expected"]["tokens"]
+    assert after["leaks"] == []
