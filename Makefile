@@ -35,7 +35,7 @@ test-fast: setup ## the tests that need no vLLM
 test-vllm: setup ## the tests on a real vLLM
 	$(BIN)/python -m pytest -m vllm
 
-demo: setup ## a conversation with a real vLLM server: cold, from memory, from disk after a restart
+demo: setup ## a real vLLM server: a conversation cold, from memory, from disk; questions over documents with CacheBlend
 	$(BIN)/python -m demo --model $(MODEL)
 
 bench: setup ## measure, and write the figures and plots of docs/benchmarks.md
