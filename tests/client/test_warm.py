@@ -49,7 +49,7 @@ def test_a_run_goes_on_where_the_last_one_stopped(folder: Path, tmp_path: Path) 
         warm(Server(url), "m", "s", documents[:1], state=state)
         with state.open("a") as file:
             file.write('{"done": "half a line of a run that was kil')
-        report = warm(Server(url), "m", "s", documents, state=state)
+        report = warm(Server(url + "/v1/"), "m", "s", documents, state=state)
         assert (report.skipped, report.done) == (documents[:1], documents[1:])
         assert warm(Server(url), "m", "s", documents, state=state).skipped != []
         assert len(bodies) == 2

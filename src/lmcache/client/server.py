@@ -21,13 +21,18 @@ class Server:
     api_key: str | None = None
     timeout: float = 600.0
 
+    @property
+    def root(self) -> str:
+        """Without ``/v1``."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The JSON that ``path`` ("/tokenize", say) answers.
 
         Raises:
             ServerError: no answer, or none of success.
         """
-        address = self.url.rstrip("/").removesuffix("/v1") + path
+        address = self.root + path
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"

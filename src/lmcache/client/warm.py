@@ -68,7 +68,7 @@ def warm(
 
     def send(path: Path) -> str:
         text = template.replace(PLACE, _read(path))
-        name = blake3("\0".join((server.url, model, system, text)).encode()).hexdigest()
+        name = blake3("\0".join((server.root, model, system, text)).encode()).hexdigest()
         if name in known:
             return ""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]

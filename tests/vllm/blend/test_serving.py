@@ -28,6 +28,7 @@ def test_at_ratio_one_the_answer_is_that_of_full_prefill(connector: str, prompts
     for _, blended in found["pairs"]:
         report = blended["reuse"]["blend"]
         assert was_blended(blended)
+        assert list(report["milliseconds"])[:3] == ["find", "wait", "plan"]
         assert report["recomputed_tokens"] == sum(end - start for start, end in report["recomputed"]) > 300
     # Two blended prompts and a plain one in one batch
     assert [answer["tokens"] for answer in found["mixed"]] == [answer["tokens"] for answer in found["apart"]]

@@ -150,6 +150,10 @@ class SchedulerSide:
             return None
         tracker.drop_lease()
         tracker.blend_report = self._shared.blend_reports.pop(req_id, None)
+        if tracker.blend is not None and tracker.blend_report is not None:
+            waited = {"find": tracker.blend.find_seconds, "wait": tracker.blend.wait_seconds}
+            in_ms = {phase: round(1e3 * seconds, 3) for phase, seconds in waited.items()}
+            tracker.blend_report["milliseconds"] = {**in_ms, **tracker.blend_report["milliseconds"]}
         if req_id in self._shared.failed_loads:
             self._shared.failed_loads.discard(req_id)
             tracker.reused_tokens, tracker.tiers = 0, {}
