@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import PropertyMock, patch
 
+from lmcache.cache_engine import LMCacheEngine
 from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
 from lmcache.integration.vllm.request_tracker import RequestTracker
 from tests.vllm.blend.serving_scenarios import CONFIG, FARTHEST, PLAIN, Library
@@ -174,8 +175,11 @@ def restarted(directory: str, prompts: list[list[int]], known: list[int]) -> dic
     return {"attacks": attacks, "exact": exact["reuse"]["reused_tokens"], "leaks": leaks}
 
 
-def prefix_in_flight(layerwise: bool) -> dict[str, Any]:
-    """The exact prefix of a blend is vLLM's by name, and is filled in the very step in which the blend begins."""
+def prefix_in_flight(layerwise: bool = False, failing: bool = False) -> dict[str, Any]:
+    """The exact prefix of a blend is vLLM's by name, and is filled in the very step in which the blend begins.
+
+    The request in front of it computes it, or loads it: layer by layer, or ``failing``.
+    """
     llm = start_llm(
         "built-in",
         {**CONFIG, "use_layerwise": layerwise},
@@ -190,13 +194,16 @@ def prefix_in_flight(layerwise: bool) -> dict[str, Any]:
     question = library.prompt(1)[-16:]
     first, second = [*new, *question], [*new, *library.documents[2], *library.documents[1], *question]
     params = PLAIN
-    if layerwise:  # the prefix comes from our cache, layer by layer, beside that step's forward
+    if layerwise or failing:
         session.ask(first, {"lmcache.blend": False})
         session.forget(llm)
         params = PREFIX_ONLY
     session.add("first", first, params)
     session.add("second", second, ALL_ROWS)
-    session.run()
+    with ExitStack() as patches:
+        if failing:
+            patches.enter_context(patch.object(LMCacheEngine, "retrieve", side_effect=OSError("injected")))
+        session.run()
     answer = session.finished["second"]
     leaks = leaked_references()
     shut_down(llm)

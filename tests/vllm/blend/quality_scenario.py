@@ -30,7 +30,7 @@ from lmcache.evaluation.variants import Variant
 from tests.vllm.harness import model_path
 from tests.vllm.scenarios import generate, start_llm
 
-TASKS, ANSWER_TOKENS, RATIO = 12, 24, 0.15
+TASKS, ANSWER_TOKENS, RATIO = 8, 24, 0.15
 DEFAULTS = LMCacheEngineConfig.from_defaults()
 POLICY, CORRECTOR = DEFAULTS.blend_policy, DEFAULTS.blend_corrector
 

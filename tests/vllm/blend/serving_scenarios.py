@@ -181,9 +181,9 @@ FAULTS: dict[str, Any] = {
 }
 
 
-def faults(connector: str) -> dict[str, Any]:
+def faults() -> dict[str, Any]:
     """An exception at every step of a blend, at its first call and at a later one."""
-    llm = start_llm(connector, CONFIG, **OPTIONS)
+    llm = start_llm("built-in", CONFIG, **OPTIONS)
     library = Library(llm)
     library.warm(llm)
     params = {"lmcache.skip_save": True}

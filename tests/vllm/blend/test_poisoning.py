@@ -82,3 +82,11 @@ def test_a_blend_waits_for_a_prefix_that_another_request_is_about_to_fill(layerw
     assert found["blended"] == 1
     assert spoilt(found) == set()
     assert found["leaks"] == []
+
+
+def test_no_blend_stands_on_a_prefix_that_another_request_failed_to_load() -> None:
+    """vLLM takes such a prefix for computed again by the other, and everything behind it for right."""
+    found = run("prefix_in_flight", module=MODULE, failing=True)
+    assert found["blended"] == 0
+    assert spoilt(found) == set()
+    assert found["leaks"] == []

@@ -70,9 +70,8 @@ def test_without_the_salt_plain_requests_would_be_served_with_blended_kv() -> No
     assert {"after", "two blended at once"} <= spoilt
 
 
-@pytest.mark.parametrize("connector", ["built-in", "dynamic"])
-def test_a_blend_that_fails_anywhere_is_answered_from_full_prefill(connector: str) -> None:
-    found = run("faults", module=MODULE, connector=connector)
+def test_a_blend_that_fails_anywhere_is_answered_from_full_prefill() -> None:
+    found = run("faults", module=MODULE)
     for name, answer in found["answers"].items():
         if name.endswith("call 0"):
             assert answer["failed"], f"{name} was never called"

@@ -202,11 +202,13 @@ class WorkerSide:
     def _blend(self, ops: list[BlendOp]) -> None:
         """Fill the pages of ``ops``; one that fails is computed by vLLM, as after a load that failed."""
         prepared = {op.req_id: self._shared.prepared_blends.pop(op.req_id) for op in ops}
+        with self._lock:
+            failed_blocks = set(self._failed_blocks)  # of a prefix that another request has loaded, too
         try:
             requests = [
                 PagedRequest(op.req_id, prepared[op.req_id], self._slots_of(op, prepared[op.req_id]))
                 for op in ops
-                if op.req_id not in self._shared.failed_loads
+                if op.req_id not in self._shared.failed_loads and failed_blocks.isdisjoint(op.block_ids)
             ]
             blender = self._shared.blender
             assert blender is not None
