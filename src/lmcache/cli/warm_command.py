@@ -30,7 +30,8 @@ def warm(
     console = Console(stderr=True)
     try:
         system_text = system.read_text(encoding="utf-8")
-        found = find_documents(documents)
+        if not (found := find_documents(documents)):
+            refuse("no documents: the directories hold no .txt or .md file")
         with Progress(console=console) as progress:
             task = progress.add_task("documents", total=len(found))
             report = read_in(

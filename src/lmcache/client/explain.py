@@ -33,6 +33,11 @@ class TextRun(NamedTuple):
     text: str
 
 
+# What of a request decides its prompt, and /tokenize takes as well.
+_RENDERED = (
+    "model", "messages", "prompt", "tools", "chat_template", "chat_template_kwargs", "add_generation_prompt",
+    "continue_final_message", "add_special_tokens", "mm_processor_kwargs", "media_io_kwargs",
+)  # fmt: skip
 STYLES = {Fate.REUSED: "green", Fate.RECOMPUTED: "yellow", Fate.COMPUTED: "red"}
 _COLOURS = {Fate.REUSED: "#c8ecc8", Fate.RECOMPUTED: "#f6e3a1", Fate.COMPUTED: "#f5c4c0"}
 
@@ -41,7 +46,9 @@ def runs(reuse: Reuse) -> list[Run]:
     """The whole prompt in order, cut wherever fate or origin changes."""
     fates: list[tuple[Fate, str]] = [(Fate.COMPUTED, "")] * reuse.prompt_tokens
     blend = reuse.blend
-    prefix = blend.prefix_tokens if blend is not None and blend.segments else reuse.reused_tokens
+    # A blend that was begun and given up has no segments, and reused nothing behind its prefix.
+    begun = blend is not None and bool(blend.segments or blend.policy)
+    prefix = blend.prefix_tokens if blend is not None and begun else reuse.reused_tokens
     fates[:prefix] = [(Fate.REUSED, "exact prefix")] * min(prefix, reuse.prompt_tokens)
     if blend is not None:
         for segment in blend.segments:
@@ -68,15 +75,18 @@ def prompt_tokens(request: Mapping[str, Any], reply: Mapping[str, Any], server: 
         ServerError: the server does not tell.
         ReplyError: the request has neither messages nor a prompt.
     """
-    for holder in (reply, *reply.get("choices", ())[:1]):
+    for holder in (reply, *(reply.get("choices") or ())[:1]):
         if isinstance(ids := holder.get("prompt_token_ids"), list):
             return ids
-    asked = {key: request[key] for key in ("model", "messages", "prompt", "tools") if key in request}
+    asked = {key: request[key] for key in _RENDERED if key in request}
     if isinstance(ids := asked.get("prompt"), list) and all(isinstance(token, int) for token in ids):
         return ids
     if "messages" not in asked and not isinstance(asked.get("prompt"), str):
         raise ReplyError("the request has neither messages nor one prompt")
-    return [int(token) for token in server.post("/tokenize", asked)["tokens"]]
+    tokens = server.post("/tokenize", asked).get("tokens")
+    if not isinstance(tokens, list):
+        raise ReplyError("/tokenize of the server answers without tokens: ask with return_token_ids")
+    return tokens
 
 
 def with_text(reuse: Reuse, tokens: list[int], model: str | None, server: Server) -> list[TextRun]:
@@ -89,7 +99,7 @@ def with_text(reuse: Reuse, tokens: list[int], model: str | None, server: Server
         raise ReplyError(f"the reply is of a prompt of {reuse.prompt_tokens} tokens, the request has {len(tokens)}")
     body = {"model": model} if model else {}
     return [
-        TextRun(run, str(server.post("/detokenize", {**body, "tokens": tokens[run.start : run.end]})["prompt"]))
+        TextRun(run, str(server.post("/detokenize", {**body, "tokens": tokens[run.start : run.end]}).get("prompt", "")))
         for run in runs(reuse)
     ]
 

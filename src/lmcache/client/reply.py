@@ -45,6 +45,17 @@ class Reuse(msgspec.Struct, frozen=True):
     tokens_by_tier: dict[str, int] = {}
     blend: Blend | None = None
 
+    def __post_init__(self) -> None:
+        """Raises:
+        ValueError: a range or a count does not lie in the prompt.
+        """
+        blend = self.blend or Blend()
+        ranges = [(0, self.reused_tokens), (0, blend.prefix_tokens), *blend.recomputed]
+        ranges += [(segment.start, segment.end) for segment in blend.segments]
+        for start, end in ranges:
+            if not 0 <= start <= end <= self.prompt_tokens:
+                raise ValueError(f"range [{start}, {end}) is not in a prompt of {self.prompt_tokens} tokens")
+
     @classmethod
     def of(cls, reply: Mapping[str, Any]) -> Reuse:
         """Raises:

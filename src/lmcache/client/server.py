@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -11,6 +12,16 @@ from typing import Any
 
 class ServerError(Exception):
     """The server did not answer, or refused; the message says what it said."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would turn the POST into a GET, and take the key along to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 @dataclass(frozen=True)
@@ -38,21 +49,29 @@ class Server:
             headers["Authorization"] = f"Bearer {self.api_key}"
         try:
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+            with _OPENER.open(request, timeout=self.timeout) as reply:
                 answer = json.loads(reply.read())
         except urllib.error.HTTPError as error:
-            raise ServerError(f"{address}: {error.code}: {_message(error.read())}") from None
-        except (OSError, ValueError) as error:  # refused, timed out, no URL, no JSON
-            raise ServerError(f"{address}: {error}") from None
+            raise ServerError(f"{address}: {error.code}: {_message(error)}") from None
+        except (
+            OSError,
+            ValueError,
+            http.client.HTTPException,
+        ) as error:  # refused, timed out, cut off, no URL, no JSON
+            raise ServerError(f"{address}: {error or type(error).__name__}") from None
         if not isinstance(answer, dict):
             raise ServerError(f"{address}: answered {type(answer).__name__}, not an object")
         return answer
 
 
-def _message(raw: bytes) -> str:
+def _message(error: urllib.error.HTTPError) -> str:
     """What an OpenAI-compatible server says of an error, or the beginning of what else it sent."""
+    try:
+        raw = error.read()
+    except (OSError, http.client.HTTPException):
+        return error.reason
     try:
         found = json.loads(raw)
         return str(found.get("error", found)["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        return raw[:300].decode(errors="replace")
+        return raw[:300].decode(errors="replace") or error.reason

@@ -32,7 +32,11 @@ def find_documents(paths: Iterable[Path]) -> list[Path]:
     """Files as they are; of a directory, every .txt and .md file below it."""
     found: list[Path] = []
     for path in paths:
-        below = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md")) if path.is_dir() else [path]
+        below = (
+            sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (".txt", ".md"))
+            if path.is_dir()
+            else [path]
+        )
         found.extend(below)
     return list(dict.fromkeys(found))
 
@@ -57,6 +61,7 @@ def warm(
         on_progress: called from this thread after each document, whatever became of it.
 
     Raises:
+        OSError: ``state`` cannot be written.
         ValueError: ``template`` has no ``{document}``, or ``parallel`` is below 1.
     """
     if PLACE not in template:
@@ -65,6 +70,8 @@ def warm(
         raise ValueError(f"parallel={parallel}: must be at least 1")
     report = WarmReport()
     known = _read_state(state)
+    if state is not None:
+        state.open("a").close()  # before anything is sent for nothing
 
     def send(path: Path) -> str:
         text = template.replace(PLACE, _read(path))
@@ -77,7 +84,8 @@ def warm(
         server.post("/v1/chat/completions", {**body, "kv_transfer_params": {"lmcache.blend": False}})
         return name
 
-    with ThreadPoolExecutor(parallel) as pool:
+    pool = ThreadPoolExecutor(parallel)
+    try:
         sent = {pool.submit(send, path): path for path in documents}
         for done in as_completed(sent):
             path = sent[done]
@@ -90,6 +98,9 @@ def warm(
             except (ServerError, DocumentError) as error:
                 report.failed[path] = str(error)
             on_progress(path)
+    finally:
+        # Stopped by the user or a full disk: only what is in flight is waited for.
+        pool.shutdown(cancel_futures=True)
     return report
 
 
@@ -98,6 +109,8 @@ def _read(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DocumentError(f"cannot be read as text: {error}") from None
+    if "\0" in text:
+        raise DocumentError("is no text: it holds zero bytes")
     if not text.strip():
         raise DocumentError("is empty")
     return text
