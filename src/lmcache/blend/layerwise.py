@@ -11,6 +11,7 @@ from lmcache.blend.batch import BlendBatch, BlendPrompt
 from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.layer_kv import BatchKV
 from lmcache.blend.rope import FusedRope
+from lmcache.blend.selection import SelectionContext
 from lmcache.blend.top_rows import top_rows
 from lmcache.config import LMCacheEngineConfig
 
@@ -29,41 +30,54 @@ class LayerwiseBlend:
         config: LMCacheEngineConfig,
         on_layer: Callable[[int, torch.Tensor, torch.Tensor], None],
     ) -> None:
-        """``on_layer`` is given each layer's number, keys and values ``[N, kv_heads, dim]`` before its attention."""
+        """``on_layer`` is given each layer's number, keys and values ``[N, kv_heads, dim]`` before its attention.
+
+        Raises:
+            ValueError: the configuration asks for thresholds.
+        """
+        if config.blend_thresholds is not None:
+            raise ValueError(
+                f"blend_thresholds={list(config.blend_thresholds)}: layer by layer the tokens are chosen by "
+                "blend_recompute_ratios; leave the thresholds unset, or call blend"
+            )
         self._batch = BlendBatch([prompt])
         self._kv = BatchKV(self._batch, ropes, corrector)
         self._ratios = dict(zip(config.blend_check_layers, config.blend_recompute_ratios, strict=True))
         self._on_layer = on_layer
         self.rows = torch.nonzero(~self._batch.exact)[:, 0]
+        self.next_layer = 0
 
     def process_qkv(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         layer_id: int,
-        attn_output: torch.Tensor,
+        attn_output: torch.Tensor | None,
         attn_metadata: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Any]:
         """See :meth:`lmcache.blend.lmc_blender.LMCBlender.process_qkv`."""
+        if layer_id != self.next_layer:
+            raise ValueError(f"layer {layer_id}: layers come in order, each once, and layer {self.next_layer} is next")
         if len(q) != len(self.rows):
             raise ValueError(f"layer {layer_id}: {len(self.rows)} tokens are computed by now, q has {len(q)}")
         shape = k.shape[1:]
         k, v = self._by_head(k), self._by_head(v)
         layer = self._kv.layer(layer_id, k, v)
+        rows = self.rows
         if layer_id in self._ratios:
-            layer.measure(self.rows, k, v)
+            layer.measure(rows, k, v)
             kept = self._narrowed(layer.change["v"], self._ratios[layer_id]).to(q.device)
-            # What was computed for the others to get here is fresh, and stays.
-            layer.write(self.rows, k, v)
-            q, residual, attn_output = (x[kept] for x in (q, residual, attn_output))
-            self.rows = self.rows[kept.cpu()]
+            q = q[kept]
+            residual, attn_output = (None if x is None else x[kept] for x in (residual, attn_output))
+            self.rows = rows[kept.cpu()]
             if hasattr(attn_metadata, "positions"):
                 attn_metadata.positions = self.rows.to(q.device)
-        else:
-            self._kv.correct(layer, self.rows, k, v, (0, self._batch.num_rows))
-            layer.write(self.rows, k, v)
+        # What was computed for the others to get here is fresh, and stays.
+        self._kv.correct(layer, rows, k, v, (0, self._batch.num_rows))
+        layer.write(rows, k, v)
+        self.next_layer += 1
         self._on_layer(layer_id, layer.keys, layer.values)
         full = (plane.reshape(len(plane), *shape) for plane in (layer.keys, layer.values))
         return q, *full, residual, attn_output, attn_metadata
@@ -72,7 +86,7 @@ class LayerwiseBlend:
         """Which of ``rows`` go on: those that must, and those that change most."""
         reusable = self._batch.reusable & ~self._batch.forced
         total = int(self._batch.reusable.sum())
-        count = max(1, round(ratio * total))
+        count = max(1, SelectionContext.budget(total, ratio))
         among = torch.zeros_like(reusable)
         among[self.rows] = True
         chosen = self._batch.forced.clone()

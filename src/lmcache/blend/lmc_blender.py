@@ -65,7 +65,8 @@ class LMCBlender:
         self._engine = cache_engine
         self._connector = gpu_connector
         self._config = config
-        self._known = passages or KnownPassages(config.chunk_size, cache_engine.storage.contains)
+        # Not "or": one that is still empty is false.
+        self._known = KnownPassages(config.chunk_size, cache_engine.storage.contains) if passages is None else passages
         self._finder = PassageFinder(cache_engine, self._known, config, tokenizer)
         self._policy = make_policy_from_config(config)
         self._corrector = make_corrector_from_config(config)
@@ -112,6 +113,10 @@ class LMCBlender:
         as in :meth:`blend`, without ``ratio``.
         """
         model = self._registered()
+        if len(model.ropes) != self._connector.num_layers:
+            raise ValueError(f"ropes: expected one for each of {self._connector.num_layers} layers")
+        if self._layerwise is not None:
+            raise ValueError("another prompt is being blended layer by layer: finish it, or close its generator, first")
         with self._planned(tokens, mask, None, kwargs) as prompt:
             index = self._connector.token_index(prompt.slots[prompt.exact_tokens :])
 
@@ -120,9 +125,12 @@ class LMCBlender:
                 self._connector.write_tokens(layer_id, index, (keys[rows], values[rows]))
 
             planned = prompt.planned(self._connector)
-            self._layerwise = LayerwiseBlend(planned, model.ropes, self._corrector, self._config, write)
+            self._layerwise = layers = LayerwiseBlend(planned, model.ropes, self._corrector, self._config, write)
             try:
-                yield from range(len(model.ropes))
+                for layer_id in range(len(model.ropes)):
+                    yield layer_id
+                    if layers.next_layer != layer_id + 1:
+                        raise ValueError(f"layer {layer_id}: its step ended without a call of process_qkv")
             finally:
                 self._layerwise = None
 
@@ -136,11 +144,11 @@ class LMCBlender:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         layer_id: int,
-        attn_output: torch.Tensor,
+        attn_output: torch.Tensor | None,
         attn_metadata: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Any]:
         """Between the projections of a layer and its attention.
 
         At a check layer the tokens that go on are chosen: by how much V changed, as many as the layer's ratio says, at
@@ -148,7 +156,7 @@ class LMCBlender:
         ``attn_metadata.positions`` is set if it has that.
 
         Args:
-            q: ``[n, …]`` of the tokens :attr:`rows`, rotated; ``residual`` and ``attn_output`` likewise.
+            q: ``[n, …]`` of the tokens :attr:`rows`, rotated; ``residual`` and ``attn_output`` likewise, or None.
             k: ``[n, kv_heads, dim]`` or ``[n, kv_heads · dim]``, rotated; ``v`` likewise.
 
         Returns:
@@ -156,7 +164,7 @@ class LMCBlender:
             corrected, and fresh where computed. The pages hold them already.
 
         Raises:
-            ValueError: called outside of a step of :meth:`blend_layer`, or with another number of tokens.
+            ValueError: called outside of a step of :meth:`blend_layer`, for another layer or another number of tokens.
         """
         return self._in_layers().process_qkv(q, k, v, residual, layer_id, attn_output, attn_metadata)
 
@@ -173,6 +181,13 @@ class LMCBlender:
         if slots is None or kwargs:
             what = f"{', '.join(kwargs)}: unknown" if slots is not None else "slot_mapping: missing"
             raise ValueError(f"{what}; blend takes slot_mapping (int64 [T]), and ratio")
+        if len(tokens) == 0:
+            raise ValueError("tokens: a prompt has at least one")
+        if not isinstance(slots, torch.Tensor) or bool((slots < 0).any()):
+            raise ValueError(
+                "slot_mapping: expected an int64 tensor [T] without negative slots, every token is written"
+            )
+        slots = slots.cpu()
         found = self._engine.retrieve(tokens, mask, slot_mapping=slots)
         # The last token is always computed, so that there is something to go on from.
         exact = min(max(leading_false(mask, len(tokens)), _end(found)), len(tokens) - 1)
@@ -185,7 +200,7 @@ class LMCBlender:
             held = passages.held(exact, len(listed) - 1, self._config.blend_min_tokens)
             share = recompute_ratio(self._config) if ratio is None else ratio
             yield PagedPrompt(len(listed), slots, exact, held, share)
-            if slots.is_cuda or self._connector.tensors[0].is_cuda:
+            if self._connector.tensors[0].is_cuda:
                 torch.cuda.synchronize()  # host memory may be reused once the lease is gone
         finally:
             passages.lease.release()
@@ -209,7 +224,7 @@ def _end(found: torch.Tensor) -> int:
 class LMCBlenderBuilder:
     """The blenders of this process, by the name of their engine. Thread-safe."""
 
-    _built: ClassVar[dict[str, tuple[LMCBlender, tuple[object, object, dict[str, Any]]]]] = {}
+    _built: ClassVar[dict[str, tuple[LMCBlender, tuple[object, ...]]]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     @classmethod
@@ -219,18 +234,24 @@ class LMCBlenderBuilder:
         cache_engine: LMCacheEngine,
         gpu_connector: GPUConnectorInterface,
         config: LMCacheEngineConfig,
+        *,
+        passages: KnownPassages | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> LMCBlender:
-        """The blender of that name, made on the first call.
+        """The blender of that name, made on the first call. ``passages`` and ``tokenizer`` as for :class:`LMCBlender`.
 
         Raises:
             ValueError: it exists and was made with other arguments; or what :class:`LMCBlender` raises.
         """
-        arguments = (cache_engine, gpu_connector, config.model_dump())
+        arguments = (cache_engine, gpu_connector, config.model_dump(), passages, tokenizer)
         with cls._lock:
             if instance_id not in cls._built:
-                cls._built[instance_id] = LMCBlender(cache_engine, gpu_connector, config), arguments
+                cls._built[instance_id] = (
+                    LMCBlender(cache_engine, gpu_connector, config, passages=passages, tokenizer=tokenizer),
+                    arguments,
+                )
             blender, made_with = cls._built[instance_id]
-        names = ("cache engine", "connector", "configuration")
+        names = ("cache engine", "connector", "configuration", "passages", "tokenizer")
         differing = [name for name, a, b in zip(names, made_with, arguments, strict=True) if a is not b and a != b]
         if differing:
             raise ValueError(
