@@ -58,7 +58,7 @@ class ChunkSource:
                 page, first = divmod(at, views[0].shape[2])
                 count = min(views[0].shape[2] - first, end - at)
                 for plane, ours in zip(views, (keys, values), strict=True):
-                    ours[written : written + count] = plane[layer_id, page, first : first + count]
+                    ours[written : written + count].copy_(plane[layer_id, page, first : first + count])
                 written += count
                 at += count
         return True

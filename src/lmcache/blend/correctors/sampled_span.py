@@ -97,4 +97,4 @@ def _cut(start: int, end: int, longest: int | None) -> Iterator[tuple[int, int]]
 
 def _sampled(moved: torch.Tensor, fresh: torch.Tensor, computed: torch.Tensor) -> SampledTensor:
     dtype = torch.promote_types(moved.dtype, torch.float32)
-    return SampledTensor(moved, (computed.to(dtype) - moved[fresh].to(dtype)).flatten(1))
+    return SampledTensor(moved, (computed.to(dtype) - moved.index_select(0, fresh).to(dtype)).flatten(1))

@@ -93,5 +93,7 @@ def build(
         kv_dtype=kv_dtype,
         chunk_size=config.chunk_size,
     )
-    logger.info("KV pools: %s, %d layers, chunks of %d tokens", connector.kv_layout.name, len(k_pool), config.chunk_size)
+    logger.info(
+        "KV pools: %s, %d layers, chunks of %d tokens", connector.kv_layout.name, len(k_pool), config.chunk_size
+    )
     return LMCacheManager(config, metadata, connector)
