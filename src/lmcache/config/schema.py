@@ -19,8 +19,8 @@ from lmcache.config.sources import (
 )
 from lmcache.config.value_types import (
     BlendSegmentation,
-    ChunkLayout,
     Bool,
+    ChunkLayout,
     Float,
     Int,
     JsonObject,
