@@ -31,6 +31,9 @@ class LMCacheExternalFlow:
     anchor_node: Any = None
     anchor_lock: Any = None
 
+    def __post_init__(self) -> None:
+        self.lookup.flow = self
+
 
 @dataclass
 class LMCachePendingStore:

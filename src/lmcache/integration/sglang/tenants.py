@@ -1,16 +1,41 @@
-"""Whose KV it is."""
+"""Whose KV it is, and whether it is exact."""
 
 from __future__ import annotations
+
+from itertools import count
+from typing import NamedTuple
 
 import msgspec
 
 _MARK = "\0sglang:"
+_BLENDED = "\0blended:"
+_numbers = count()
 
 
-def tenant_salt(cache_salt: str | None, extra_key: str | None) -> str:
-    """What sets a request apart: its ``cache_salt`` as it is, so that engines share what tenants have stored, and with
-    it SGLang's ``extra_key`` (an adapter, say), if there is one. No two pairs give the same."""
+class Tenant(NamedTuple):
+    """``salt`` sets a tenant's KV apart; what is not ``exact`` was computed on blended KV."""
+
+    salt: str
+    exact: bool
+
+
+def blended_key(extra_key: str | None, request_id: str) -> str:
+    """SGLang's ``extra_key`` for a request that is blended: its KV meets no other request's in the radix tree."""
+    return f"{extra_key or ''}{_BLENDED}{next(_numbers)}:{request_id}"
+
+
+def joined(cache_salt: str | None, extra_key: str | None) -> str:
+    """One string for both, to be read by :func:`tenant_of`.
+
+    The ``cache_salt`` alone stays as it is, so that engines share what a tenant has stored. No two pairs give the same.
+    """
+    own, blended, _ = (extra_key or "").partition(_BLENDED)
     salt = cache_salt or ""
-    if not extra_key and not salt.startswith(_MARK):
-        return salt
-    return _MARK + msgspec.json.encode([salt, extra_key or ""]).decode()
+    if own or salt.startswith("\0"):
+        salt = _MARK + msgspec.json.encode([salt, own]).decode()
+    return _BLENDED + salt if blended else salt
+
+
+def tenant_of(salt: str) -> Tenant:
+    """The reverse of :func:`joined`, as far as the cache cares."""
+    return Tenant(salt.removeprefix(_BLENDED), not salt.startswith(_BLENDED))

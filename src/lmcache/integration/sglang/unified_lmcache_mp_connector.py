@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import torch
 
 from lmcache.integration.guard import never_raise, report_failure
+from lmcache.integration.sglang.blend.make_planning import make_planning
+from lmcache.integration.sglang.blend.scheduler_access import SchedulerAccess
 from lmcache.integration.sglang.generation_c.operations import Load, Lookup, Store
 from lmcache.integration.sglang.generation_c.pools import pools_of, refuse_other_components
 from lmcache.integration.sglang.generation_c.transfers import Transfers
 from lmcache.integration.sglang.shared_engine import RankOf, build
-from lmcache.integration.sglang.tenants import tenant_salt
+from lmcache.integration.sglang.tenants import joined, tenant_of
 from lmcache.integration.sglang.tp_agreement import all_reduce, min_over_ranks
 from lmcache.observability.logging import configure_for_engine, init_logger
 from lmcache.observability.metrics import Metrics
@@ -74,6 +77,7 @@ class UnifiedLMCacheMPConnector:
         self._transfers = Transfers(self._engine, pools.keys[0].device)
         self._lookups: dict[str, Lookup] = {}
         self._stored: dict[str, int] = {}
+        self._blending = make_planning(self._manager, SchedulerAccess.of_caller(), rank, page_size)
         self._closed = False
         self.chunk_size = self._manager.config.chunk_size
         self.operation_timeout = _OPERATION_TIMEOUT
@@ -85,7 +89,7 @@ class UnifiedLMCacheMPConnector:
     # Looking up
 
     def build_cache_salt(self, cache_salt: str | None, extra_key: str | None) -> str:
-        return tenant_salt(cache_salt, extra_key)
+        return joined(cache_salt, extra_key)
 
     def submit_lookup(
         self, rid: str, token_ids: Sequence[int], *, local_hit_tokens: int = 0, cache_salt: str = "", **_later: Any
@@ -94,9 +98,10 @@ class UnifiedLMCacheMPConnector:
         self._release(rid)
         tokens = np.asarray(token_ids, dtype=np.int64)
         deadline = time.monotonic() + self._manager.config.max_disk_wait_seconds
-        lookup = self._lookups[rid] = Lookup(rid, tokens, cache_salt, deadline)
+        salt, exact = tenant_of(cache_salt)
+        lookup = self._lookups[rid] = Lookup(rid, tokens, salt, deadline, exact)
         try:
-            lookup.lease = self._engine.prefetch(tokens, cache_salt=cache_salt, paged=True)
+            lookup.lease = self._engine.prefetch(tokens, cache_salt=salt, paged=True)
         except Exception as error:
             report_failure(self.metrics, "lookup", error)
         return lookup
@@ -111,8 +116,12 @@ class UnifiedLMCacheMPConnector:
                 # Another rank may have waited longer than this one.
                 lookup.lease.cut()
                 hit = min(hit, lookup.lease.num_tokens)
-            lookup.hit_tokens = min_over_ranks(hit // self._page_size * self._page_size, self._groups)
-            self._stored[lookup.request_id] = lookup.hit_tokens // self.chunk_size * self.chunk_size
+            hit = min_over_ranks(hit // self._page_size * self._page_size, self._groups)
+            promised = self._poll_blend(lookup, hit)
+            if promised is None:
+                return None
+            lookup.hit_tokens = promised
+            self._stored[lookup.request_id] = hit // self.chunk_size * self.chunk_size
         return lookup.hit_tokens
 
     def parallel_all_reduce(self, tensor: torch.Tensor, op: Any) -> None:
@@ -146,7 +155,14 @@ class UnifiedLMCacheMPConnector:
     ) -> Load:
         """Start to fill ``owned_device_indices``, the slots of the tokens behind ``local_hit_tokens``."""
         load = Load(lookup.request_id, local_hit_tokens, owned_device_indices)
-        self._transfers.load(lookup, load, producer_stream)
+        if lookup.wanted is None or lookup.wanted.prepared is None or self._blending is None:
+            self._transfers.load(lookup, load, producer_stream)
+        else:
+            blending = self._blending
+            self._transfers.blend(
+                load, lambda: not local_hit_tokens and blending.fill(lookup, owned_device_indices), producer_stream
+            )
+            lookup.release()
         return load
 
     def prepare_load_on_stream(self, load: Load, stream: Any) -> bool:
@@ -187,9 +203,13 @@ class UnifiedLMCacheMPConnector:
         **_later: Any,
     ) -> Store:
         """Start to keep the KV of the tokens from ``device_indices_start`` on, which is in the slots of ``groups``."""
-        tokens = np.asarray(token_ids, dtype=np.int64)
-        self._stored[rid] = max(self._stored.get(rid, 0), len(tokens))
-        return self._transfers.store(rid, tokens, groups[0], device_indices_start, cache_salt=cache_salt)
+        self._stored[rid] = max(self._stored.get(rid, 0), len(token_ids))
+        salt, exact = tenant_of(cache_salt)
+        try:
+            return self._store(rid, token_ids, groups[0], device_indices_start, salt) if exact else _nothing(rid)
+        except Exception as error:
+            report_failure(self.metrics, "store_kv", error)
+            return _nothing(rid)
 
     def complete_store(self, operation: Store, synchronize: bool = True) -> None:
         """The slots of ``operation`` may be reused when this returns."""
@@ -202,6 +222,8 @@ class UnifiedLMCacheMPConnector:
         """SGLang is done with a request."""
         self._release(rid)
         self._stored.pop(rid, None)
+        if self._blending is not None:
+            self._blending.forget(rid)
 
     @never_raise(lambda: None)
     def end_all_sessions(self) -> None:
@@ -234,6 +256,31 @@ class UnifiedLMCacheMPConnector:
 
     # Parts of the above
 
+    def _poll_blend(self, lookup: Lookup, hit_tokens: int) -> int | None:
+        """How much is promised when passages count too; None while they are read."""
+        if self._blending is None or lookup.flow is None:
+            return hit_tokens
+        try:
+            promised: int | None = self._blending.poll(lookup, lookup.flow, hit_tokens)
+            return promised
+        except Exception as error:
+            report_failure(self.metrics, "blend_plan", error)
+            self.metrics.blend_fallback("error")
+            return hit_tokens
+
+    def _store(self, rid: str, token_ids: Sequence[int], slots: torch.Tensor, start: int, cache_salt: str) -> Store:
+        tokens, blending = np.asarray(token_ids, dtype=np.int64), self._blending
+        keys = self._engine.prefix_keys(tokens, paged=True, cache_salt=cache_salt)
+
+        def kept() -> None:
+            if blending is not None:
+                blending.remember(tokens, keys, start)
+
+        operation = self._transfers.store(rid, tokens, slots, start, keys=keys, cache_salt=cache_salt, kept=kept)
+        if blending is not None:
+            blending.keep_tail(rid, keys, cache_salt)
+        return operation
+
     def _looked_up(self, lookup: Lookup) -> tuple[bool, int]:
         """Whether this rank waits no longer, and for how many tokens."""
         if lookup.lease is None:
@@ -249,3 +296,10 @@ class UnifiedLMCacheMPConnector:
         lookup = self._lookups.pop(rid, None)
         if lookup is not None:
             lookup.release()
+
+
+def _nothing(request_id: str) -> Store:
+    """A store that is done: nothing was to be kept, or nothing could be."""
+    operation = Store(request_id, Future())
+    operation.future.set_result(0)
+    return operation

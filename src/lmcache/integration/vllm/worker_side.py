@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 import vllm
 
+from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.guard import never_raise, report_failure
 from lmcache.integration.vllm.attention_writer import AttentionWriter
 from lmcache.integration.vllm.blend.blender import Blender, BlendReport, PagedRequest, report_of
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
-from lmcache.integration.vllm.blend.supported import UnsupportedModelError
 from lmcache.integration.vllm.connector_metadata import (
     BlendOp,
     LMCacheConnectorMetadata,

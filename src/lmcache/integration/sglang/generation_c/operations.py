@@ -18,13 +18,18 @@ from lmcache.lease import PrefixLease
 class Lookup:
     """A prompt of which we hold what we have, until it is loaded or given up.
 
-    ``hit_tokens`` is None until every rank knows. ``lock_start`` is SGLang's: where its claim begins.
+    ``hit_tokens`` is None until every rank knows. ``lock_start`` is SGLang's: where its claim begins. ``flow`` is what
+    SGLang keeps of the request, ``wanted`` what CacheBlend does. With ``exact`` off, the request has been blended
+    before.
     """
 
     request_id: str
     token_ids: npt.NDArray[np.int64]
     cache_salt: str
     deadline: float
+    exact: bool = True
+    flow: Any = None
+    wanted: Any = None
     lease: PrefixLease | None = None
     hit_tokens: int | None = None
     lock_start: int = 0
@@ -32,8 +37,10 @@ class Lookup:
     def release(self) -> None:
         """Idempotent."""
         lease, self.lease = self.lease, None
-        if lease is not None:
-            lease.release()
+        wanted, self.wanted = self.wanted, None
+        for held in (lease, wanted):
+            if held is not None:
+                held.release()
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""Loads into SGLang's pools and stores out of them, each on a thread of its own."""
+"""Loads into SGLang's pools and stores out of them, each on a thread of its own; blends on SGLang's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,10 +12,8 @@ import torch
 from lmcache.cache_engine import LMCacheEngine
 from lmcache.integration.guard import report_failure
 from lmcache.integration.sglang.generation_c.operations import Load, Lookup, Store
-from lmcache.keys import Tokens
-
-Fill = Callable[[], bool]
-"""Queues everything for a load on the current stream; whether all of it was there."""
+from lmcache.keys import PrefixKey, Tokens
+from lmcache.lease import PrefixLease
 
 
 class Transfers:
@@ -26,24 +24,23 @@ class Transfers:
         self._device = device
         self._loading = ThreadPoolExecutor(1, "lmcache-load", initializer=self._use_device)
         self._storing = ThreadPoolExecutor(1, "lmcache-store", initializer=self._use_device)
-        self._streams = {name: self._new_stream() for name in ("load", "store")}
+        self._load_stream, self._store_stream = self._new_stream(), self._new_stream()
 
-    def load(self, lookup: Lookup, load: Load, producer_stream: Any, fill: Fill | None = None) -> None:
+    def load(self, lookup: Lookup, load: Load, producer_stream: Any) -> None:
         """Start to fill the slots of ``load``; takes over the lease of ``lookup``.
 
         Args:
             producer_stream: the stream of SGLang's forwards, which may still write to slots that were freed.
-            fill: what to do in place of copying the exact prefix.
         """
         lease, lookup.lease = lookup.lease, None
-        fill = fill or (lambda: self._retrieve(lookup, load, lease))
 
         def run() -> bool:
+            stream = self._load_stream
             try:
-                with self._on("load") as stream:
+                with self._on(stream):
                     if stream is not None and producer_stream is not None:
                         stream.wait_stream(producer_stream)
-                    load.all_found = fill()
+                    load.all_found = self._retrieve(lookup, load, lease)
                     if stream is not None:
                         load.on_device = stream.record_event()
             except Exception as error:
@@ -61,17 +58,49 @@ class Transfers:
         if load.future.done():
             load.issued.set()
 
-    def store(self, request_id: str, tokens: Tokens, slots: torch.Tensor, start: int, *, cache_salt: str) -> Store:
-        """Start to keep the KV of ``tokens[start:]``, which is in ``slots``."""
+    def blend(self, load: Load, fill: Callable[[], bool], forward_stream: Any) -> None:
+        """Fill the slots of ``load`` by a forward of the model, here and now: SGLang's forwards run on this thread."""
+        stream = None if self._device.type == "cpu" else forward_stream
+        try:
+            with self._on(stream):
+                load.all_found = fill()
+            if stream is not None:
+                stream.synchronize()  # what the passages lie in is given back next
+        except Exception as error:
+            report_failure(self._engine.metrics, "blend", error)
+            self._engine.metrics.blend_fallback("error")
+            load.all_found = False
+        load.issued.set()
+        load.future.set_result(load.all_found)
+
+    def store(
+        self,
+        request_id: str,
+        tokens: Tokens,
+        slots: torch.Tensor,
+        start: int,
+        *,
+        keys: Sequence[PrefixKey],
+        cache_salt: str,
+        kept: Callable[[], None],
+    ) -> Store:
+        """Start to keep the KV of ``tokens[start:]``, which is in ``slots``; ``kept`` is called when it is.
+
+        Args:
+            keys: of the chunks of ``tokens``.
+        """
 
         def run() -> int:
             try:
-                with self._on("store") as stream:
+                with self._on(self._store_stream):
                     mapping = torch.nn.functional.pad(slots.to("cpu", torch.int64), (start, 0), value=-1)
-                    mask = torch.arange(len(tokens)) >= start
-                    stored = self._engine.store(tokens, mask=mask, slot_mapping=mapping, cache_salt=cache_salt)
-                    if stream is not None:
-                        stream.synchronize()
+                    new = torch.arange(len(tokens)) >= start
+                    stored = self._engine.store(
+                        tokens, mask=new, slot_mapping=mapping, cache_salt=cache_salt, keys=keys
+                    )
+                    if self._store_stream is not None:
+                        self._store_stream.synchronize()
+                kept()
                 return stored
             except Exception as error:
                 report_failure(self._engine.metrics, "store_kv", error)
@@ -86,7 +115,7 @@ class Transfers:
         for executor in (self._loading, self._storing):
             executor.shutdown(wait=True)
 
-    def _retrieve(self, lookup: Lookup, load: Load, lease: Any) -> bool:
+    def _retrieve(self, lookup: Lookup, load: Load, lease: PrefixLease | None) -> bool:
         first, count = load.local_hit_tokens, len(load.device_indices)
         found = self._engine.retrieve(
             lookup.token_ids[: first + count],
@@ -106,9 +135,11 @@ class Transfers:
         except RuntimeError:  # closed
             future.set_result(0)
 
-    def _on(self, name: str) -> AbstractContextManager[Any]:
-        stream = self._streams[name]
-        return nullcontext() if stream is None else torch.get_device_module(self._device).stream(stream)
+    def _on(self, stream: Any) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = (
+            nullcontext() if stream is None else torch.get_device_module(self._device).stream(stream)
+        )
+        return context
 
     def _new_stream(self) -> Any:
         return None if self._device.type == "cpu" else torch.get_device_module(self._device).Stream(self._device)

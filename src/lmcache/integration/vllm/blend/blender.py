@@ -14,11 +14,11 @@ from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.paged_blend import PagedPrompt, blend_pages
 from lmcache.blend.plan import BlendPlan, Reason
 from lmcache.blend.rope import FusedRope
+from lmcache.integration.blend.model import UnsupportedModelError
+from lmcache.integration.blend.ropes import find_ropes
 from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
-from lmcache.integration.vllm.blend.ropes import find_ropes
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
-from lmcache.integration.vllm.blend.supported import UnsupportedModelError
 from lmcache.paging.paged_connector import PagedConnector
 
 if TYPE_CHECKING:
