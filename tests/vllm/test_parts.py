@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="the adapter imports vLLM")
 
-from lmcache.integration.vllm.guard import never_raise
+from lmcache.integration.guard import never_raise
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
 from lmcache.integration.vllm.model_identity import fingerprint
 from lmcache.integration.vllm.pending_saves import PendingSaves

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import vllm
 
+from lmcache.integration.guard import never_raise, report_failure
 from lmcache.integration.vllm.attention_writer import AttentionWriter
 from lmcache.integration.vllm.blend.blender import Blender, BlendReport, PagedRequest, report_of
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
@@ -22,7 +23,6 @@ from lmcache.integration.vllm.connector_metadata import (
     SegmentRun,
     SegmentSaveOp,
 )
-from lmcache.integration.vllm.guard import never_raise, report_failure
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
 from lmcache.integration.vllm.prometheus import LMCacheStats
 from lmcache.integration.vllm.shared_engine import SharedEngine
