@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -60,8 +60,9 @@ class AttachedCache:
             page_size=page_size or server_settings.page_size(),
             tp_group=tp_group,
         )
-        # SGLang closes nothing: what waits for the disk is written when the process ends, or the connector goes.
-        self._close = weakref.finalize(self, manager.close)
+        # SGLang closes nothing: what waits for the disk is written when the connector goes or the process ends. Its
+        # scheduler is a child of multiprocessing, which leaves without `atexit` but runs these.
+        self._close = Finalize(self, manager.close, exitpriority=0)
 
     @property
     def metrics(self) -> Metrics:
