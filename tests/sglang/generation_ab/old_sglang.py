@@ -50,11 +50,11 @@ def run(scenario: str, mode: str, *, environ: dict[str, str] | None = None, **ar
     """What ``scenarios.<scenario>(mode, **arguments)`` gives in a fresh process with the SGLang of ``mode``."""
     paths = [str(REPOSITORY / "src"), str(REPOSITORY), str(source(VERSIONS[mode]))]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")}
+    command = [python(), "-W", "ignore", "-m", "tests.sglang.generation_ab.scenarios"]
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "result.json")
         process = subprocess.run(
-            [python(), "-W", "ignore", "-m", "tests.sglang.generation_ab.scenarios"]
-            + [scenario, mode, json.dumps(arguments), str(result)],
+            [*command, scenario, mode, json.dumps(arguments), str(result)],
             env={**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **(environ or {})},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,

@@ -46,12 +46,13 @@ class _XpuInName:
     type = "xpu"
 
 
-def write_model(folder: Path) -> Path:
-    """A model of the pools' shape, without weights."""
+def write_model(folder: Path, tp_size: int = 1) -> Path:
+    """A model of which each rank's pools hold its share, without weights."""
     folder.mkdir(exist_ok=True)
+    heads = HEADS * tp_size
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HEADS * DIM,
-        "intermediate_size": 16, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": DIM,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": heads * DIM,
+        "intermediate_size": 16, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": DIM,
         "num_hidden_layers": LAYERS, "vocab_size": 1000, "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
         "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
@@ -72,7 +73,19 @@ class Served:
 class World:
     """``mode`` is "A" (0.5.12), "IP" or "MP" (0.5.13 to 0.5.20: layerwise, two-phase)."""
 
-    def __init__(self, folder: Path, mode: str, page_size: int, slots: int = 256) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        mode: str,
+        page_size: int,
+        slots: int = 256,
+        tp_size: int = 1,
+        rank: int = 0,
+        tp_group: Any = None,
+    ) -> None:
+        """Args:
+        tp_group: SGLang's ``GroupCoordinator``.
+        """
         self.mode, self.page_size = mode, page_size
         config_file = folder / "lmcache.yaml"
         if not config_file.exists():
@@ -90,10 +103,10 @@ class World:
         with _device_name("xpu" if mode == "IP" else "cpu"):
             self.radix = self.module.LMCRadixCache(
                 CacheInitParams(False, self.requests, self.allocator, page_size),
-                model_config=ModelConfig(model_path=str(write_model(folder / "model"))),
-                tp_size=1,
-                rank=0,
-                tp_group=None,
+                model_config=ModelConfig(model_path=str(write_model(folder / "model", tp_size))),
+                tp_size=tp_size,
+                rank=rank,
+                tp_group=tp_group,
             )
         self.radix.device = torch.device("cpu")
         self.connector = self.radix.lmcache_connector

@@ -1,4 +1,4 @@
-"""What is done with SGLang's own radix caches. Each function runs in a process of its own, through ``old_sglang.run``."""
+"""What is done with SGLang's own radix caches. ``old_sglang.run`` runs each function in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import torch
+
+from lmcache.integration.sglang.tp_agreement import min_over_ranks
 from tests.leaks import LeakDetector
 from tests.sglang.generation_ab import torchvision_ops
 
@@ -141,6 +144,57 @@ def second_life(mode: str, disk: str) -> dict[str, Any]:
     served = _plain({"again": world.serve(PROMPT, [100, 101])})
     tiers = world.connector._cache.engine.stats().reused_tokens
     return {"served": served, "reused": tiers, **_account(world)}
+
+
+def two_ranks(mode: str) -> dict[str, Any]:
+    """Tensor parallelism: ranks that hold unequal parts, and one that fails, agree through SGLang's own group."""
+    folder = _folder()
+    torch.multiprocessing.spawn(rank_of_two, (mode, str(folder)), nprocs=2)
+    return {"ranks": [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]}
+
+
+def rank_of_two(rank: int, mode: str, folder: str) -> None:
+    environment(chunk_size=16, max_local_cpu_size=0.05)
+    group = two_rank_group(rank, folder)
+    home = Path(folder, str(rank))
+    home.mkdir()
+    world = World(home, mode, 4, tp_size=2, rank=rank, tp_group=group)
+    engine = world.connector._cache.engine
+    served = {"cold": world.serve(PROMPT, [100])}
+    world.forget()
+    served["again"] = world.serve(PROMPT, [100])
+    if rank == 1:
+        for key in engine.prefix_keys(PROMPT, paged=True)[2:]:
+            assert engine.storage.memory.remove(key)
+    world.forget()
+    served["unequal"] = world.serve(PROMPT[:90], [100])
+    if rank == 1:
+        engine.retrieve = _fail
+    world.forget()
+    served["one_fails"] = world.serve(PROMPT, [100])
+    given = [world.connector._cache._tp_group, group, group.device_group]
+    agreed = [min_over_ranks(5 - rank, one, torch.device("cpu")) for one in given]
+    Path(folder, f"{rank}.json").write_text(json.dumps({"served": _plain(served), "agreed": agreed, **_account(world)}))
+
+
+def two_rank_group(rank: int, folder: str) -> Any:
+    """SGLang's ``GroupCoordinator`` of two processes."""
+    from sglang.srt.distributed import parallel_state
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    return parallel_state.GroupCoordinator(
+        group_ranks=[[0, 1]],
+        local_rank=rank,
+        torch_distributed_backend="gloo",
+        use_pynccl=False,
+        use_pymscclpp=False,
+        use_custom_allreduce=False,
+        use_torch_symm_mem_all_reduce=False,
+        use_hpu_communicator=False,
+        use_xpu_communicator=False,
+        use_npu_communicator=False,
+        group_name="tp",
+    )
 
 
 def _folder() -> Path:

@@ -89,3 +89,15 @@ def test_a_restart_finds_what_the_disk_holds(mode: str, tmp_path: Path) -> None:
     assert answer["served"]["again"] == {"resident": 0, "loaded": 96, "wrong": 0, "total": 100}
     assert answer["reused"]["disk"] == 96
     even(answer)
+
+
+@modes
+def test_two_ranks_load_equally_much(mode: str) -> None:
+    ranks = run("two_ranks", mode)["ranks"]
+    for name, loaded in {"cold": 0, "again": 96, "unequal": 32, "one_fails": 0}.items():
+        assert [rank["served"][name]["loaded"] for rank in ranks] == [loaded, loaded], name
+        assert [rank["served"][name]["wrong"] for rank in ranks] == [0, 0], name
+    # A process group, SGLang's coordinator, and what SGLang passes of it.
+    assert [rank["agreed"] for rank in ranks] == [[4, 4, 4]] * 2
+    for rank in ranks:
+        even(rank)
