@@ -13,7 +13,7 @@ from lmcache.metadata import LMCacheEngineMetadata
 
 def engine_metadata(
     model_config: Any,
-    k_pool: Sequence[torch.Tensor],
+    k_pool: Sequence[torch.Tensor] | None = None,
     *,
     use_mla: bool = False,
     tp_size: int = 1,
@@ -25,7 +25,7 @@ def engine_metadata(
 ) -> LMCacheEngineMetadata:
     """Args:
     model_config: SGLang's ``ModelConfig``.
-    k_pool: ``[slots, heads, dim]`` a layer of this rank.
+    k_pool: ``[slots, heads, dim]`` a layer of this rank; None where there are no pools yet.
     kv_dtype: of the KV; the pools of 8-bit types are uint8.
     """
     overrides = dict(getattr(model_config, "model_override_args", None) or {})
@@ -40,13 +40,21 @@ def engine_metadata(
         kv_dtype=kv_dtype,
         quantization=getattr(model_config, "quantization", None),
     )
-    _, heads, dim = k_pool[0].shape
+    if k_pool is not None:
+        layers, (_, heads, dim), stored = len(k_pool), k_pool[0].shape, k_pool[0].dtype
+    else:
+        layers, heads, dim = (
+            model_config.num_hidden_layers,
+            model_config.get_num_kv_heads(tp_size),
+            model_config.head_dim,
+        )
+        stored = torch.uint8 if kv_dtype.itemsize == 1 else kv_dtype
     return LMCacheEngineMetadata(
         **identity._asdict(),
         world_size=tp_size * pp_size,
         worker_id=pp_rank * tp_size + tp_rank,
-        kv_dtype=k_pool[0].dtype,
-        kv_shape=(len(k_pool), 1 if use_mla else 2, chunk_size, heads, dim),
+        kv_dtype=stored,
+        kv_shape=(layers, 1 if use_mla else 2, chunk_size, heads, dim),
         use_mla=use_mla,
         tp_rank=tp_rank,
         tp_size=tp_size,
