@@ -74,10 +74,6 @@ def build(
     UnsupportedSetupError: the pools are of a form that is not known.
     """
     config = load_config(config_file, rank)
-    if config.chunk_size % page_size:
-        raise ValueError(
-            f"chunk_size={config.chunk_size}: must be a multiple of SGLang's --page-size, which is {page_size}"
-        )
     try:
         connector = pools_connector(k_pool, v_pool, page_size)
     except UnknownLayoutError as error:

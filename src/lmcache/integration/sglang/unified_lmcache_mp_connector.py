@@ -71,6 +71,12 @@ class UnifiedLMCacheMPConnector:
             page_size=page_size,
             config_file=config_file,
         )
+        self.chunk_size = self._manager.config.chunk_size
+        if self.chunk_size % page_size:
+            self._manager.close()
+            raise ValueError(
+                f"chunk_size={self.chunk_size}: must be a multiple of SGLang's --page-size, which is {page_size}"
+            )
         self._engine = self._manager.engine
         self._page_size = page_size
         self._groups = (tp_group, pp_group)
@@ -79,7 +85,6 @@ class UnifiedLMCacheMPConnector:
         self._stored: dict[str, int] = {}
         self._blending = make_planning(self._manager, SchedulerAccess.of_caller(), rank, page_size)
         self._closed = False
-        self.chunk_size = self._manager.config.chunk_size
         self.operation_timeout = _OPERATION_TIMEOUT
 
     @property
