@@ -46,11 +46,20 @@ def source(version: str) -> Path:
     return folder
 
 
-def run(scenario: str, mode: str, *, environ: dict[str, str] | None = None, **arguments: Any) -> Any:
-    """What ``scenarios.<scenario>(mode, **arguments)`` gives in a fresh process with the SGLang of ``mode``."""
-    paths = [str(REPOSITORY / "src"), str(REPOSITORY), str(source(VERSIONS[mode]))]
+def run(
+    scenario: str,
+    mode: str,
+    *,
+    module: str = "tests.sglang.generation_ab.scenarios",
+    environ: dict[str, str] | None = None,
+    **arguments: Any,
+) -> Any:
+    """What ``module.<scenario>(mode, **arguments)`` gives in a fresh process with the SGLang of ``mode``: an older one,
+    or with "installed" that of the environment."""
+    older = [] if mode == "installed" else [str(source(VERSIONS[mode]))]
+    paths = [str(REPOSITORY / "src"), str(REPOSITORY), *older]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")}
-    command = [python(), "-W", "ignore", "-m", "tests.sglang.generation_ab.scenarios"]
+    command = [python(), "-W", "ignore", "-m", module]
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "result.json")
         process = subprocess.run(

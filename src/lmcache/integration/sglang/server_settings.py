@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -29,3 +30,9 @@ def speculative_algorithm() -> str | None:
 def lora_enabled() -> bool:
     args = _server_args()
     return bool(getattr(args, "enable_lora", None) or getattr(args, "lora_paths", None))
+
+
+def chosen(fields: Iterable[str]) -> dict[str, str]:
+    """Some of the server's arguments, as text."""
+    args = _server_args()
+    return {field: str(getattr(args, field, None)) for field in fields}
