@@ -8,6 +8,7 @@ from typing import Any
 from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.config_digest import config_digest
 from lmcache.integration.sglang import server_settings
+from lmcache.integration.sglang.shared_engine import with_own_directory
 from lmcache.integration.vllm.model_identity import fingerprint
 from lmcache.keys import Namespace
 
@@ -48,12 +49,9 @@ def page_namespace(storage_config: Any, pool: Any) -> Namespace:
 
 def rank_directory(config: LMCacheEngineConfig, storage_config: Any) -> LMCacheEngineConfig:
     """``config`` with a disk directory of this rank's own: each process needs one."""
-    ranks = [
-        (name, getattr(storage_config, f"{name}_rank", 0))
+    ranks = {
+        name: getattr(storage_config, f"{name}_rank", 0)
         for name in ("tp", "pp", "attn_cp", "dp")
         if getattr(storage_config, f"{name}_size", 1) > 1 or getattr(storage_config, f"{name}_rank", 0)
-    ]
-    if config.local_disk is None or not ranks:
-        return config
-    folder = config.local_disk / "-".join(f"{name}{rank}" for name, rank in ranks)
-    return config.model_copy(update={"local_disk": folder})
+    }
+    return with_own_directory(config, ranks)

@@ -1,4 +1,4 @@
-"""Stand-in until the core of generation C is merged."""
+"""SGLang's pools of slots as pages of one token."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from lmcache.paging.token_connector import TokenConnector
 
 
 def pools_connector(k_pool: Sequence[torch.Tensor], v_pool: Sequence[torch.Tensor]) -> GPUConnectorInterface:
-    _, heads, dim = k_pool[0].shape
-    layout = detect_pool_layout(k_pool, v_pool, PageHints(block_size=1, num_kv_heads=heads, head_dim=dim))
-    return TokenConnector(layout, [*k_pool, *v_pool])
+    """Moves tokens between chunks and ``k_pool`` and ``v_pool``, one tensor ``[slots, heads, dim]`` a layer.
+
+    Raises:
+        UnknownLayoutError: the pools are laid out otherwise, or K and V differ.
+    """
+    shape = k_pool[0].shape
+    hints = PageHints(block_size=1, num_kv_heads=shape[1], head_dim=shape[-1], engine="SGLang")
+    return TokenConnector(detect_pool_layout(k_pool, v_pool, hints), [*k_pool, *v_pool])
