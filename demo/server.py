@@ -1,4 +1,4 @@
-"""A real vLLM server as a child process."""
+"""A real LLM server as a child process."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import httpx
+from typing_extensions import Self
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "PYTHONDONTWRITEBYTECODE": "",  # vLLM imports thousands of modules: let them be compiled once
-    "VLLM_CPU_CI_ENV": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONDONTWRITEBYTECODE": "",  # engines import thousands of modules: let them be compiled once
 }
 
 
@@ -30,25 +27,22 @@ class ServerFailedError(RuntimeError):
     """The server ended, or did not get ready in time. The message holds the end of its log."""
 
 
-class VLLMServer:
-    """``with VLLMServer(arguments, …) as server:`` starts the server; leaving the block ends it and all its children.
+class EngineServer:
+    """``with EngineServer(module, …) as server:`` starts the server; leaving the block ends it and all its children.
 
-    Entering returns at once; :meth:`wait_until_ready` waits. ``arguments`` go to vLLM's command line.
+    Entering returns at once; :meth:`wait_until_ready` waits. ``module`` is run with ``--host``, ``--port`` and
+    ``arguments``; ``environment`` adds to ours.
     """
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         self._environment = {**os.environ, **ENVIRONMENT, **environment}
-        self._command = [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--host", "127.0.0.1", "--port", str(self.port)),
-            *arguments,
-        ]
+        self._command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port), *arguments]
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> VLLMServer:
+    def __enter__(self) -> Self:
         with self._log.open("ab") as log:
             log.write(f"$ {' '.join(self._command)}\n".encode())
             log.flush()

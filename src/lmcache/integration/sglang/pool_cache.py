@@ -54,7 +54,7 @@ class PoolCache:
     def agree(self, num_tokens: int) -> int:
         """The smallest number of all ranks, rounded down to whole pages."""
         try:
-            num_tokens = min_over_ranks(num_tokens, self._tp_group, self._device)
+            num_tokens = min_over_ranks(num_tokens, (self._tp_group,), self._device)
         except Exception as error:
             report_failure(self.engine.metrics, "tp_agreement", error)
             return 0

@@ -95,7 +95,7 @@ class LMCacheLayerwiseConnector(LMCacheConnector):
     @never_raise(lambda: 0)
     def global_min_tokens(self, local_tokens: int, tp_group: Any, device: torch.device) -> int:
         """The smallest ``local_tokens`` of all ranks; every rank must call it."""
-        return min_over_ranks(local_tokens, tp_group, device)
+        return min_over_ranks(local_tokens, (tp_group,), device)
 
     def start_load_kv(self, load_metadata: LoadMetadata) -> int:
         """:meth:`load_kv`. Every layer is in its slots when this returns: see :class:`PoolCache` for why."""
