@@ -45,14 +45,14 @@ class AttachedCache:
         self._no_metrics = Metrics()
         try:
             _refuse_what_calls_do_not_tell()
+            _refuse_part_of_a_share(sgl_config, tp_size, k_pool)
             manager = shared_engine.build(
                 sgl_config,
                 k_pool,
                 v_pool,
                 rank=RankOf(tp_size, rank),
-                kv_dtype=k_pool[0].dtype,
-                page_size=page_size or server_settings.page_size(),
-                config_file=config_file,
+                kv_dtype=server_settings.kv_dtype(k_pool[0].dtype),
+                config_file=config_file or None,
             )
         except UnsupportedSetupError as reason:
             logger.error("The KV cache stays off: %s", reason)
@@ -107,4 +107,15 @@ def _refuse_what_calls_do_not_tell() -> None:
         raise UnsupportedSetupError(
             "LoRA: this SGLang does not say which adapter a request uses, and their KV differs; use SGLang 0.5.21 or "
             "later, or serve without adapters"
+        )
+
+
+def _refuse_part_of_a_share(sgl_config: Any, tp_size: int, k_pool: Sequence[torch.Tensor]) -> None:
+    """Nor do they say which pipeline stage or attention group this is: its keys would be those of the others."""
+    found = (len(k_pool), *k_pool[0].shape[1:])
+    expected = (sgl_config.num_hidden_layers, sgl_config.get_num_kv_heads(tp_size), sgl_config.head_dim)
+    if found != expected:
+        raise UnsupportedSetupError(
+            f"the pools hold {found} layers, KV heads and dims, but this rank's share of the model is {expected}: "
+            "pipeline parallelism and attention data parallelism are not supported"
         )

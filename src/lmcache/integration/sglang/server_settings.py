@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 
 def _server_args() -> Any:
@@ -29,3 +32,17 @@ def speculative_algorithm() -> str | None:
 def lora_enabled() -> bool:
     args = _server_args()
     return bool(getattr(args, "enable_lora", None) or getattr(args, "lora_paths", None))
+
+
+def kv_dtype(stored: torch.dtype) -> torch.dtype:
+    """Of the KV in pools of ``stored``: SGLang keeps both 8-bit floats as bytes."""
+    name = str(getattr(_server_args(), "kv_cache_dtype", ""))
+    if stored != torch.uint8:
+        return stored
+    return {"fp8_e5m2": torch.float8_e5m2, "fp8_e4m3": torch.float8_e4m3fn}.get(name, stored)
+
+
+def chosen(fields: Iterable[str]) -> dict[str, str]:
+    """Some of the server's arguments, as text."""
+    args = _server_args()
+    return {field: str(getattr(args, field, None)) for field in fields}
