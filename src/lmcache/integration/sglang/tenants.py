@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import count
 from typing import NamedTuple
-
-import msgspec
 
 _MARK = "\0sglang:"
 _BLENDED = "\0blended:"
@@ -32,7 +31,7 @@ def joined(cache_salt: str | None, extra_key: str | None) -> str:
     own, blended, _ = (extra_key or "").partition(_BLENDED)
     salt = cache_salt or ""
     if own or salt.startswith("\0"):
-        salt = _MARK + msgspec.json.encode([salt, own]).decode()
+        salt = _MARK + json.dumps([salt, own])  # takes half a surrogate pair, which a client may send
     return _BLENDED + salt if blended else salt
 
 

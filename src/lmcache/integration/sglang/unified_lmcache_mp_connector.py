@@ -5,7 +5,6 @@ Its name is that of a client of a daemon. Here the cache lives in SGLang's own p
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from lmcache.integration.guard import never_raise, report_failure
 from lmcache.integration.sglang.blend.make_planning import make_planning
 from lmcache.integration.sglang.blend.scheduler_access import SchedulerAccess
+from lmcache.integration.sglang.generation_c.lookups import Lookups
 from lmcache.integration.sglang.generation_c.operations import Load, Lookup, Store
 from lmcache.integration.sglang.generation_c.pools import pools_of, refuse_other_components
 from lmcache.integration.sglang.generation_c.transfers import Transfers
@@ -80,16 +80,23 @@ class UnifiedLMCacheMPConnector:
         self._engine = self._manager.engine
         self._page_size = page_size
         self._groups = (tp_group, pp_group)
-        self._transfers = Transfers(self._engine, pools.keys[0].device)
-        self._lookups: dict[str, Lookup] = {}
+        access = SchedulerAccess.of_caller()
+        forward_stream = None if access is None else access.forward_stream
+        self._transfers = Transfers(self._engine, pools.keys[0].device, forward_stream)
+        self._lookups = Lookups(self._engine)
         self._stored: dict[str, int] = {}
-        self._blending = make_planning(self._manager, SchedulerAccess.of_caller(), rank, page_size)
+        self._blending = make_planning(self._manager, access, rank, page_size)
         self._closed = False
         self.operation_timeout = _OPERATION_TIMEOUT
 
     @property
     def metrics(self) -> Metrics:
         return self._manager.metrics
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that SGLang has not finished, as far as we remember something of them."""
+        return len(self._lookups.request_ids | self._stored.keys())
 
     # Looking up
 
@@ -100,28 +107,14 @@ class UnifiedLMCacheMPConnector:
         self, rid: str, token_ids: Sequence[int], *, local_hit_tokens: int = 0, cache_salt: str = "", **_later: Any
     ) -> Lookup:
         """Hold what we have of a prompt, and start to read what lies on disk. Never blocks."""
-        self._release(rid)
-        tokens = np.asarray(token_ids, dtype=np.int64)
-        deadline = time.monotonic() + self._manager.config.max_disk_wait_seconds
-        salt, exact = tenant_of(cache_salt)
-        lookup = self._lookups[rid] = Lookup(rid, tokens, salt, deadline, exact)
-        try:
-            lookup.lease = self._engine.prefetch(tokens, cache_salt=salt, paged=True)
-        except Exception as error:
-            report_failure(self.metrics, "lookup", error)
-        return lookup
+        return self._lookups.start(rid, token_ids, cache_salt)
 
     def poll_lookup(self, lookup: Lookup) -> int | None:
         """How many leading tokens every rank has; None while one of them still reads."""
         if lookup.hit_tokens is None:
-            ready, hit = self._looked_up(lookup)
-            if min_over_ranks(int(ready), self._groups) == 0:
+            if min_over_ranks(int(self._lookups.is_ready(lookup)), self._groups) == 0:
                 return None
-            if lookup.lease is not None:
-                # Another rank may have waited longer than this one.
-                lookup.lease.cut()
-                hit = min(hit, lookup.lease.num_tokens)
-            hit = min_over_ranks(hit // self._page_size * self._page_size, self._groups)
+            hit = min_over_ranks(self._lookups.cut(lookup) // self._page_size * self._page_size, self._groups)
             promised = self._poll_blend(lookup, hit)
             if promised is None:
                 return None
@@ -138,7 +131,7 @@ class UnifiedLMCacheMPConnector:
         """The tokens ``[start, end)`` of a look-up are not going to be loaded."""
         lookup = self._lookups.get(rid)
         if lookup is not None and lookup.hit_tokens is not None and end >= lookup.hit_tokens:
-            lookup.release()
+            self._lookups.give_back(lookup)
 
     # Loading
 
@@ -160,14 +153,12 @@ class UnifiedLMCacheMPConnector:
     ) -> Load:
         """Start to fill ``owned_device_indices``, the slots of the tokens behind ``local_hit_tokens``."""
         load = Load(lookup.request_id, local_hit_tokens, owned_device_indices)
-        if lookup.wanted is None or lookup.wanted.prepared is None or self._blending is None:
-            self._transfers.load(lookup, load, producer_stream)
-        else:
-            blending = self._blending
-            self._transfers.blend(
-                load, lambda: not local_hit_tokens and blending.fill(lookup, owned_device_indices), producer_stream
-            )
-            lookup.release()
+        try:
+            self._load(lookup, load, producer_stream)
+        except Exception as error:
+            # Raising would keep this rank out of the next agreement, and the others in it.
+            report_failure(self.metrics, "load_kv", error)
+            load.fail()
         return load
 
     def prepare_load_on_stream(self, load: Load, stream: Any) -> bool:
@@ -189,7 +180,8 @@ class UnifiedLMCacheMPConnector:
 
     def complete_load(self, load: Load, synchronize: bool = True) -> bool:
         """Whether the load has filled its slots."""
-        return bool(load.future.result()) and load.result is not False
+        found = bool(load.future.result())
+        return found if load.result is None else load.result
 
     # Storing
 
@@ -225,16 +217,15 @@ class UnifiedLMCacheMPConnector:
     @never_raise(lambda: None)
     def finish_request(self, rid: str) -> None:
         """SGLang is done with a request."""
-        self._release(rid)
+        self._lookups.end(rid)
         self._stored.pop(rid, None)
         if self._blending is not None:
             self._blending.forget(rid)
 
     @never_raise(lambda: None)
     def end_all_sessions(self) -> None:
-        for rid in [*self._lookups]:
-            self._release(rid)
-        self._stored.clear()
+        for rid in self._lookups.request_ids | self._stored.keys():
+            self.finish_request(rid)
 
     @never_raise(lambda: False)
     def clear(self) -> bool:
@@ -281,26 +272,22 @@ class UnifiedLMCacheMPConnector:
             if blending is not None:
                 blending.remember(tokens, keys, start)
 
-        operation = self._transfers.store(rid, tokens, slots, start, keys=keys, cache_salt=cache_salt, kept=kept)
         if blending is not None:
-            blending.keep_tail(rid, keys, cache_salt)
-        return operation
+            try:
+                blending.keep_tail(rid, keys, cache_salt)
+            except Exception as error:
+                report_failure(self.metrics, "blend_store", error)
+        # Last: SGLang must learn of a store under way, or gives its slots to others.
+        return self._transfers.store(rid, tokens, slots, start, keys=keys, cache_salt=cache_salt, kept=kept)
 
-    def _looked_up(self, lookup: Lookup) -> tuple[bool, int]:
-        """Whether this rank waits no longer, and for how many tokens."""
-        if lookup.lease is None:
-            return True, 0
-        try:
-            late = time.monotonic() > lookup.deadline
-            return late or lookup.lease.ready(), lookup.lease.num_tokens
-        except Exception as error:
-            report_failure(self.metrics, "lookup", error)
-            return True, 0
-
-    def _release(self, rid: str) -> None:
-        lookup = self._lookups.pop(rid, None)
-        if lookup is not None:
-            lookup.release()
+    def _load(self, lookup: Lookup, load: Load, producer_stream: Any) -> None:
+        blending = self._blending
+        if lookup.wanted is None or lookup.wanted.prepared is None or blending is None:
+            self._transfers.load(lookup, load, producer_stream)
+            return
+        whole = not load.local_hit_tokens
+        self._transfers.blend(load, lambda: whole and blending.fill(lookup, load.device_indices), producer_stream)
+        self._lookups.give_back(lookup)
 
 
 def _nothing(request_id: str) -> Store:

@@ -32,6 +32,11 @@ class SchedulerAccess:
         return self._scheduler.tp_worker.model_runner
 
     @property
+    def forward_stream(self) -> Any:
+        """That on which SGLang's forwards run; None if it does not say."""
+        return getattr(self._scheduler, "forward_stream", None)
+
+    @property
     def tree_cache(self) -> Any:
         return self._scheduler.tree_cache
 

@@ -18,9 +18,10 @@ from lmcache.lease import PrefixLease
 class Lookup:
     """A prompt of which we hold what we have, until it is loaded or given up.
 
-    ``hit_tokens`` is None until every rank knows. ``lock_start`` is SGLang's: where its claim begins. ``flow`` is what
-    SGLang keeps of the request, ``wanted`` what CacheBlend does. With ``exact`` off, the request has been blended
-    before.
+    ``hit_tokens`` is None until every rank knows. Reads from disk are waited for until ``deadline``, and all is held
+    until ``hold_until`` at most, both of ``time.monotonic``. ``lock_start`` is SGLang's: where its claim begins.
+    ``flow`` is what SGLang keeps of the request, ``wanted`` what CacheBlend does. With ``exact`` off, the request has
+    been blended before.
     """
 
     request_id: str
@@ -28,6 +29,7 @@ class Lookup:
     cache_salt: str
     deadline: float
     exact: bool = True
+    hold_until: float = float("inf")
     flow: Any = None
     wanted: Any = None
     lease: PrefixLease | None = None
@@ -60,6 +62,13 @@ class Load:
     all_found: bool = False
     on_device: Any = None
     result: bool | None = None
+
+    def fail(self) -> None:
+        """Nothing was loaded, and nothing will be."""
+        self.all_found = False
+        self.issued.set()
+        if not self.future.done():
+            self.future.set_result(False)
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from lmcache.lease import PrefixLease
 class Transfers:
     """Queues copies beside the forward. Nothing raises: what fails is a load of nothing, or a store of nothing."""
 
-    def __init__(self, engine: LMCacheEngine, device: torch.device) -> None:
+    def __init__(self, engine: LMCacheEngine, device: torch.device, forward_stream: Any = None) -> None:
+        """``forward_stream``: that of SGLang's forwards, as far as it is known; None on a CPU."""
         self._engine = engine
         self._device = device
+        self._forward_stream = forward_stream
         self._loading = ThreadPoolExecutor(1, "lmcache-load", initializer=self._use_device)
         self._storing = ThreadPoolExecutor(1, "lmcache-store", initializer=self._use_device)
         self._load_stream, self._store_stream = self._new_stream(), self._new_stream()
@@ -32,29 +34,26 @@ class Transfers:
         Args:
             producer_stream: the stream of SGLang's forwards, which may still write to slots that were freed.
         """
+        before = self._queued(producer_stream)
         lease, lookup.lease = lookup.lease, None
 
         def run() -> bool:
-            stream = self._load_stream
             try:
-                with self._on(stream):
-                    if stream is not None and producer_stream is not None:
-                        stream.wait_stream(producer_stream)
+                with self._on(self._load_stream, after=before):
                     load.all_found = self._retrieve(lookup, load, lease)
-                    if stream is not None:
-                        load.on_device = stream.record_event()
-            except Exception as error:
-                report_failure(self._engine.metrics, "load_kv", error)
-                load.all_found = False
+                    if self._load_stream is not None:
+                        load.on_device = self._load_stream.record_event()
             finally:
                 load.issued.set()
-            if load.on_device is not None:
-                load.on_device.synchronize()
-            if lease is not None:
-                lease.release()
+                try:
+                    if load.on_device is not None:
+                        load.on_device.synchronize()
+                finally:
+                    if lease is not None:
+                        lease.release()
             return load.all_found
 
-        self._submit(self._loading, run, load.future)
+        self._submit("load_kv", self._loading, run, load.future)
         if load.future.done():
             load.issued.set()
 
@@ -62,7 +61,7 @@ class Transfers:
         """Fill the slots of ``load`` by a forward of the model, here and now: SGLang's forwards run on this thread."""
         stream = None if self._device.type == "cpu" else forward_stream
         try:
-            with self._on(stream):
+            with self._on(stream, after=self._queued()):
                 load.all_found = fill()
             if stream is not None:
                 stream.synchronize()  # what the passages lie in is given back next
@@ -90,24 +89,23 @@ class Transfers:
             keys: of the chunks of ``tokens``.
         """
 
+        # The forward of these tokens may still run: a part of a long prompt is stored when the next part is scheduled.
+        before = self._queued(self._forward_stream)
+
         def run() -> int:
-            try:
-                with self._on(self._store_stream):
-                    mapping = torch.nn.functional.pad(slots.to("cpu", torch.int64), (start, 0), value=-1)
-                    new = torch.arange(len(tokens)) >= start
-                    stored = self._engine.store(
-                        tokens, mask=new, slot_mapping=mapping, cache_salt=cache_salt, keys=keys
-                    )
-                    if self._store_stream is not None:
-                        self._store_stream.synchronize()
-                kept()
-                return stored
-            except Exception as error:
-                report_failure(self._engine.metrics, "store_kv", error)
-                return 0
+            with self._on(self._store_stream, after=before):
+                if self._store_stream is not None and self._forward_stream is None:
+                    torch.get_device_module(self._device).synchronize(self._device)
+                mapping = torch.nn.functional.pad(slots.to("cpu", torch.int64), (start, 0), value=-1)
+                new = torch.arange(len(tokens)) >= start
+                stored = self._engine.store(tokens, mask=new, slot_mapping=mapping, cache_salt=cache_salt, keys=keys)
+                if self._store_stream is not None:
+                    self._store_stream.synchronize()
+            kept()
+            return stored
 
         operation = Store(request_id, Future())
-        self._submit(self._storing, run, operation.future)
+        self._submit("store_kv", self._storing, run, operation.future)
         return operation
 
     def close(self) -> None:
@@ -126,20 +124,40 @@ class Transfers:
         )
         return int(found.sum()) == count
 
-    def _submit(self, executor: ThreadPoolExecutor, run: Callable[[], Any], future: Future[Any]) -> None:
+    def _submit(self, name: str, executor: ThreadPoolExecutor, run: Callable[[], Any], future: Future[Any]) -> None:
+        """``future`` gets what ``run`` gives, or 0: SGLang waits for it, so it must always end."""
+
         def work() -> None:
-            future.set_result(run())
+            result: Any = 0
+            try:
+                result = run()
+            except Exception as error:
+                report_failure(self._engine.metrics, name, error)
+            finally:
+                future.set_result(result)
 
         try:
             executor.submit(work)
         except RuntimeError:  # closed
             future.set_result(0)
 
-    def _on(self, stream: Any) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = (
-            nullcontext() if stream is None else torch.get_device_module(self._device).stream(stream)
-        )
-        return context
+    def _queued(self, *streams: Any) -> list[Any]:
+        """Events behind all that SGLang has queued up to now on ``streams`` and on its scheduler's own, which computes
+        the slots' numbers."""
+        if self._device.type == "cpu":
+            return []
+        own = torch.get_device_module(self._device).current_stream(self._device)
+        return [stream.record_event() for stream in (own, *streams) if stream is not None]
+
+    @contextmanager
+    def _on(self, stream: Any, *, after: Sequence[Any]) -> Iterator[None]:
+        if stream is None:
+            yield
+            return
+        with torch.get_device_module(self._device).stream(stream):
+            for event in after:
+                stream.wait_event(event)
+            yield
 
     def _new_stream(self) -> Any:
         return None if self._device.type == "cpu" else torch.get_device_module(self._device).Stream(self._device)
