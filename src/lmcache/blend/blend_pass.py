@@ -184,16 +184,23 @@ class _Blend(Generic[Output]):
             max_rows=self._max_rows,
         )
         forward.run(self._host)
+        received = self._agreed(forward.received, heads)
         self._probing += time.perf_counter() - start
-        return forward.received
+        return received
 
     def deviation(self, layer: int, tensor: DeviationTensor, rows: torch.Tensor | None) -> torch.Tensor:
         start = time.perf_counter()
         looked_at = ~self._batch.exact if rows is None else rows
         forward = MeasureDeviation(self._batch, self._kv, looked_at | self._batch.forced, layer, tensor, self._max_rows)
         forward.run(self._host)
+        deviation = self._agreed(forward.deviation, "mean")
         self._probing += time.perf_counter() - start
-        return forward.deviation
+        return deviation
+
+    def _agreed(self, scores: torch.Tensor, heads: HeadReduction) -> torch.Tensor:
+        """Ranks must choose the same tokens, each by what the heads of all say."""
+        agreed_scores = getattr(self._host, "agreed_scores", None)
+        return scores if agreed_scores is None else agreed_scores(scores, heads)
 
     def _scoring_rows(self) -> torch.Tensor:
         """bool ``[N]``: the new rows of each prompt that reuses anything, thinned out where there are many."""

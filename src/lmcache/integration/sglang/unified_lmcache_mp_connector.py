@@ -5,7 +5,8 @@ Its name is that of a client of a daemon. Here the cache lives in SGLang's own p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -24,6 +25,9 @@ from lmcache.integration.sglang.tenants import joined, tenant_of
 from lmcache.integration.sglang.tp_agreement import all_reduce, min_over_ranks
 from lmcache.observability.logging import configure_for_engine, init_logger
 from lmcache.observability.metrics import Metrics
+
+SKIP_LOAD, SKIP_SAVE = "lmcache.skip_load", "lmcache.skip_save"
+_ALL = sys.maxsize
 
 logger = init_logger(__name__)
 
@@ -80,12 +84,12 @@ class UnifiedLMCacheMPConnector:
         self._engine = self._manager.engine
         self._page_size = page_size
         self._groups = (tp_group, pp_group)
-        access = SchedulerAccess.of_caller()
+        access = self._access = SchedulerAccess.of_caller()
         forward_stream = None if access is None else access.forward_stream
         self._transfers = Transfers(self._engine, pools.keys[0].device, forward_stream)
         self._lookups = Lookups(self._engine)
         self._stored: dict[str, int] = {}
-        self._blending = make_planning(self._manager, access, rank, page_size)
+        self._blending = make_planning(self._manager, access, rank, page_size, self._groups)
         self._closed = False
         self.operation_timeout = _OPERATION_TIMEOUT
 
@@ -115,11 +119,13 @@ class UnifiedLMCacheMPConnector:
             if min_over_ranks(int(self._lookups.is_ready(lookup)), self._groups) == 0:
                 return None
             hit = min_over_ranks(self._lookups.cut(lookup) // self._page_size * self._page_size, self._groups)
-            promised = self._poll_blend(lookup, hit)
+            params = self._custom_params(lookup.request_id)
+            promised = 0 if params.get(SKIP_LOAD) is True else self._poll_blend(lookup, hit)
             if promised is None:
                 return None
             lookup.hit_tokens = promised
-            self._stored[lookup.request_id] = hit // self.chunk_size * self.chunk_size
+            kept = hit // self.chunk_size * self.chunk_size
+            self._stored[lookup.request_id] = _ALL if params.get(SKIP_SAVE) is True else kept
         return lookup.hit_tokens
 
     def parallel_all_reduce(self, tensor: torch.Tensor, op: Any) -> None:
@@ -251,6 +257,15 @@ class UnifiedLMCacheMPConnector:
         pass
 
     # Parts of the above
+
+    def _custom_params(self, rid: str) -> Mapping[str, Any]:
+        """What a queued request says to us; nothing where SGLang's scheduler is not as we know it."""
+        try:
+            req = None if self._access is None else self._access.waiting(rid)
+            return {} if req is None or self._access is None else self._access.custom_params(req)
+        except Exception as error:
+            report_failure(self.metrics, "custom_params", error)
+            return {}
 
     def _poll_blend(self, lookup: Lookup, hit_tokens: int) -> int | None:
         """How much is promised when passages count too; None while they are read."""

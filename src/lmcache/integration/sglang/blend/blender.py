@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,14 @@ from lmcache.paging.paged_connector import PagedConnector
 
 @dataclass
 class PreparedBlend:
-    """A promise to SGLang: all tokens of the prompt that it wants loaded. ``exact_tokens`` come from the cache, or from
-    ``resident``, the slots in which another request has them."""
+    """A promise to SGLang: all tokens of the prompt that it wants loaded. The first ``exact_tokens`` are no business of
+    the blend's."""
 
     token_ids: list[int]
     exact_tokens: int
     passages: list[HeldPassage]
     lease: PassageLease
     options: BlendOptions
-    resident: torch.Tensor | None = None
 
     def holes(self, end: int) -> list[tuple[int, int]]:
         """What of the first ``end`` tokens is computed anew."""
@@ -39,10 +39,13 @@ class PreparedBlend:
 class Blender:
     """One for a model and its pools."""
 
-    def __init__(self, model_runner: Any, connector: PagedConnector) -> None:
-        """Raises:
-        UnsupportedModelError: the model cannot be blended.
+    def __init__(self, model_runner: Any, connector: PagedConnector, groups: Sequence[Any] = ()) -> None:
+        """``groups``: of the ranks that hold the model together; each runs every blend.
+
+        Raises:
+            UnsupportedModelError: the model cannot be blended.
         """
+        self._groups = groups
         self._model = SGLangModel(model_runner)
         if len(self._model.layers) != connector.num_layers:
             raise UnsupportedModelError(self._model.model, "not every layer has a pool of its own")
@@ -66,7 +69,7 @@ class Blender:
             ratio=prepared.options.ratio,
         )
         return blend_pages(
-            SGLangHost(self._model, [torch.tensor(prepared.token_ids)]),
+            SGLangHost(self._model, [torch.tensor(prepared.token_ids)], self._groups),
             self._connector,
             [prompt],
             self._ropes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -19,6 +19,7 @@ from torch import nn
 
 from lmcache.blend.host import Attend, StopForward
 from lmcache.integration.blend.model import UnsupportedModelError
+from lmcache.integration.sglang.tp_agreement import all_reduce
 
 
 class SGLangModel:
@@ -129,8 +130,10 @@ class SGLangHost:
         prompts: int64 ``[N_i]`` each, on the CPU.
     """
 
-    def __init__(self, model: SGLangModel, prompts: Sequence[torch.Tensor]) -> None:
+    def __init__(self, model: SGLangModel, prompts: Sequence[torch.Tensor], groups: Sequence[Any]) -> None:
+        """``groups``: of the ranks that hold the other heads; see :func:`all_reduce`."""
         self._model = model
+        self._groups = groups
         self._ids = torch.cat(list(prompts))
 
     @property
@@ -141,6 +144,12 @@ class SGLangHost:
         """See :class:`lmcache.blend.host.BlendHost`."""
         self._model.run(self._ids[rows], positions, attend)
         raise StopForward
+
+    def agreed_scores(self, scores: torch.Tensor, heads: Literal["mean", "max"]) -> torch.Tensor:
+        """See :class:`lmcache.blend.host.ShardedHost`."""
+        op = torch.distributed.ReduceOp.MAX if heads == "max" else torch.distributed.ReduceOp.SUM
+        all_reduce(scores, op, self._groups)
+        return scores
 
 
 def _reason_against(layer: Any) -> str | None:

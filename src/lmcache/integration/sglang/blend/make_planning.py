@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from lmcache.blend.find_passages import PassageFinder
 from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.guard import report_failure
@@ -17,7 +20,11 @@ logger = init_logger(__name__)
 
 
 def make_planning(
-    manager: LMCacheManager, access: SchedulerAccess | None, rank: RankOf, page_size: int
+    manager: LMCacheManager,
+    access: SchedulerAccess | None,
+    rank: RankOf,
+    page_size: int,
+    groups: Sequence[Any],
 ) -> BlendPlanning | None:
     """None where CacheBlend is off, or cannot be on: the log says why, and prefixes are reused as ever.
 
@@ -30,10 +37,10 @@ def make_planning(
     try:
         if access is None:
             raise UnsupportedModelError(None, "SGLang's scheduler was not found among the callers")
-        if not rank.alone:
-            raise UnsupportedModelError(None, "tensor and pipeline parallelism are not supported so far")
+        if rank.pp_size > 1:
+            raise UnsupportedModelError(None, "under pipeline parallelism no rank has all layers")
         assert isinstance(engine.gpu_connector, PagedConnector)
-        blender = Blender(access.model_runner, engine.gpu_connector)
+        blender = Blender(access.model_runner, engine.gpu_connector, groups)
     except UnsupportedModelError as error:
         engine.metrics.blend_fallback("model")
         logger.warning("CacheBlend is off: %s", error)
@@ -44,4 +51,4 @@ def make_planning(
     tokenizer = None if config.blend_segmentation == "automatic" else access.tokenizer
     finder = PassageFinder(engine, known, config, tokenizer)
     logger.info("CacheBlend is on: policy %s", config.blend_policy)
-    return BlendPlanning(engine, known, finder, blender, access, page_size)
+    return BlendPlanning(engine, known, finder, blender, access, page_size, groups)

@@ -14,12 +14,15 @@ import torch
 
 from lmcache.blend.coverage import Declined, choose_passages, covered
 from lmcache.blend.find_passages import FoundPassages, PassageFinder
+from lmcache.blend.passage_lease import HeldPassage
 from lmcache.cache_engine import LMCacheEngine
 from lmcache.integration.blend.options import BlendDefaults, BlendOptions
+from lmcache.integration.guard import report_failure
 from lmcache.integration.sglang.blend.blender import Blender, PreparedBlend
 from lmcache.integration.sglang.blend.scheduler_access import SchedulerAccess
 from lmcache.integration.sglang.generation_c.operations import Lookup
 from lmcache.integration.sglang.tenants import blended_key
+from lmcache.integration.sglang.tp_agreement import all_reduce, min_over_ranks
 from lmcache.keys import PrefixKey, token_array
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.prompt import MIN_RUN_TOKENS, Chunk, placed_chunks
@@ -63,7 +66,9 @@ class BlendPlanning:
         blender: Blender,
         access: SchedulerAccess,
         page_size: int,
+        groups: Sequence[Any],
     ) -> None:
+        self._groups = groups
         self._engine = engine
         self._config = engine.config
         self._metrics = engine.metrics
@@ -84,28 +89,61 @@ class BlendPlanning:
         ``exact_tokens`` are promised anyhow. When more is, the request has left the radix tree's common part: its KV is
         in there under a key of its own.
         """
-        if lookup.wanted is None:
-            lookup.wanted = self._look(lookup, flow, exact_tokens)
-            if lookup.wanted is None:
-                return exact_tokens
-        wanted: Wanted = lookup.wanted
-        if not wanted.found.lease.ready() and time.monotonic() < lookup.deadline:
+        if not lookup.planned:
+            lookup.planned = True
+            lookup.wanted = self._looked(lookup, flow, exact_tokens)
+        wanted: Wanted | None = lookup.wanted
+        if wanted is None:
+            return exact_tokens
+        ready = wanted.found.lease.ready() or time.monotonic() >= lookup.deadline
+        if not min_over_ranks(int(ready), self._groups):
             return None
         wanted.found.lease.cut()
         end = (len(wanted.token_ids) - 1) // self._page_size * self._page_size
         end = min(end, len(flow.key))
-        chosen = choose_passages(wanted.found, wanted.exact_tokens, end, self._config)
+        chosen = self._agreed(choose_passages(wanted.found, wanted.exact_tokens, end, self._config), end)
         if isinstance(chosen, Declined):
             self._declined(*chosen)
+            lookup.wanted = None
             wanted.release()
             return exact_tokens
         wanted.prepared = PreparedBlend(
-            wanted.token_ids, wanted.exact_tokens, chosen, wanted.found.lease, wanted.options, wanted.resident
+            wanted.token_ids, wanted.exact_tokens, chosen, wanted.found.lease, wanted.options
         )
         # First the flow, then the request: SGLang matches both before it loads.
         flow.key = copy.copy(flow.key)
         flow.key.extra_key = wanted.req.extra_key = blended_key(wanted.req.extra_key, lookup.request_id)
         return end
+
+    def _looked(self, lookup: Lookup, flow: Any, exact_tokens: int) -> Wanted | None:
+        """What every rank wants; None where one does not."""
+        wanted: Wanted | None = None
+        try:
+            wanted = self._look(lookup, flow, exact_tokens)
+        except Exception as error:
+            report_failure(self._metrics, "blend_plan", error)
+        if not min_over_ranks(int(wanted is not None), self._groups):
+            if wanted is not None:
+                wanted.release()
+            return None
+        assert wanted is not None
+        # Ranks may have kept more or less of a prompt in their trees; what one lacks is computed by all.
+        wanted.exact_tokens = min_over_ranks(wanted.exact_tokens, self._groups)
+        wanted.resident = wanted.resident[: wanted.exact_tokens]
+        return wanted
+
+    def _agreed(self, chosen: list[HeldPassage] | Declined, end: int) -> list[HeldPassage] | Declined:
+        """``chosen``, where every rank has the same."""
+        places = torch.zeros(end, dtype=torch.int64)
+        for passage in () if isinstance(chosen, Declined) else chosen:
+            count = passage.end - passage.start
+            places[passage.start : passage.end] = torch.arange(1, count + 1) + passage.old_start
+        least, most = places.clone(), places
+        all_reduce(least, torch.distributed.ReduceOp.MIN, self._groups)
+        all_reduce(most, torch.distributed.ReduceOp.MAX, self._groups)
+        if torch.equal(least, most) or isinstance(chosen, Declined):
+            return chosen
+        return Declined("ranks", "the ranks hold different passages")
 
     def _look(self, lookup: Lookup, flow: Any, exact_tokens: int) -> Wanted | None:
         req = self._access.waiting(lookup.request_id)
@@ -115,7 +153,7 @@ class BlendPlanning:
         if getattr(req, "multimodal_inputs", None) is not None or getattr(req, "return_logprob", False):
             return None  # placeholders of pictures say nothing of their KV; log-probabilities want every token computed
         try:
-            options = self._defaults.for_request(getattr(req.sampling_params, "custom_params", None) or {})
+            options = self._defaults.for_request(self._access.custom_params(req))
             tokens = [int(token) for token in req.origin_input_ids]
             ranges = self._finder.ranges(tokens, options.segments)
         except ValueError as error:

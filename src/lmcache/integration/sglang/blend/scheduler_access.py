@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -47,6 +47,11 @@ class SchedulerAccess:
     def waiting(self, request_id: str) -> Any:
         """SGLang's ``Req`` while it is queued; None if it is not."""
         return next((req for req in self._waiting() if req.rid == request_id), None)
+
+    def custom_params(self, req: Any) -> Mapping[str, Any]:
+        """What a request says to us."""
+        params = getattr(req.sampling_params, "custom_params", None)
+        return params if isinstance(params, Mapping) else {}
 
     def slots(self, req: Any, num_tokens: int) -> torch.Tensor:
         """int64 ``[num_tokens]`` on the CPU: where the KV of its first tokens is."""

@@ -20,8 +20,8 @@ class Lookup:
 
     ``hit_tokens`` is None until every rank knows. Reads from disk are waited for until ``deadline``, and all is held
     until ``hold_until`` at most, both of ``time.monotonic``. ``lock_start`` is SGLang's: where its claim begins.
-    ``flow`` is what SGLang keeps of the request, ``wanted`` what CacheBlend does. With ``exact`` off, the request has
-    been blended before.
+    ``flow`` is what SGLang keeps of the request, ``wanted`` what CacheBlend does, once it is
+    ``planned``. With ``exact`` off, the request has been blended before.
     """
 
     request_id: str
@@ -31,6 +31,7 @@ class Lookup:
     exact: bool = True
     hold_until: float = float("inf")
     flow: Any = None
+    planned: bool = False
     wanted: Any = None
     lease: PrefixLease | None = None
     hit_tokens: int | None = None
