@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from lmcache.keys import CacheKey, PrefixKey, Tokens
+from lmcache.keys import CacheKey, Namespace, PrefixKey, Tokens, placed_segment_key
+
+# What is shorter is computed faster than it is found: a question, a heading between two passages.
+MIN_RUN_TOKENS = 64
 
 
 class Chunk(NamedTuple):
@@ -44,6 +47,12 @@ class Prompt:
 def cut(num_tokens: int, keys: Sequence[PrefixKey], chunk_size: int) -> list[Chunk]:
     """The chunk of each key; one beyond the full chunks is the partial tail."""
     return [Chunk(key, i * chunk_size, min((i + 1) * chunk_size, num_tokens)) for i, key in enumerate(keys)]
+
+
+def placed_chunks(namespace: Namespace, tokens: Sequence[int], start: int, end: int, chunk_size: int) -> list[Chunk]:
+    """Chunks of ``tokens[start:end]`` that are found by themselves, where they stand in no prefix of whole chunks."""
+    ranges = [(first, min(first + chunk_size, end)) for first in range(start, end, chunk_size)]
+    return [Chunk(placed_segment_key(namespace, tokens[first:last], first), first, last) for first, last in ranges]
 
 
 def leading_false(mask: torch.Tensor | None, num_tokens: int) -> int:

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="the adapter imports vLLM")
 
-from lmcache.integration.vllm.guard import never_raise
+from lmcache.integration.guard import never_raise
+from lmcache.integration.model_identity import fingerprint
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
-from lmcache.integration.vllm.model_identity import fingerprint
 from lmcache.integration.vllm.pending_saves import PendingSaves
 from lmcache.integration.vllm.prometheus import LMCacheStats
 from lmcache.integration.vllm.shared_engine import SharedEngine

@@ -198,7 +198,11 @@ def _weights(
 ) -> torch.Tensor:
     """Softmax weights, float32 ``[query_heads, queries, keys]``."""
     grouped = _by_kv_head(q.transpose(0, 1), k.shape[1])
-    scores: torch.Tensor = (grouped @ k.permute(1, 2, 0)[:, None]).flatten(0, 1).float() * scale
+    if q.device.type == "cpu":
+        by_head = [linear(asking.flatten(0, 1), k[:, head]) for head, asking in enumerate(grouped)]
+        scores = torch.cat(by_head).view(q.shape[1], len(q), len(k)).float() * scale
+    else:
+        scores = (grouped @ k.permute(1, 2, 0)[:, None]).flatten(0, 1).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores += bias

@@ -14,6 +14,7 @@ from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.forwards import MeasureDeviation, OnLayer, Recompute, ScoreAttention
 from lmcache.blend.host import BlendHost
 from lmcache.blend.layer_kv import BatchKV, PromptLoadError
+from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.plan import BlendPlan
 from lmcache.blend.policies.interface import SelectionPolicy
 from lmcache.blend.rope import FusedRope
@@ -34,11 +35,13 @@ class BlendResult(Generic[Output]):
     One a prompt: ``plans`` say what was done; ``charged_budgets`` give the share of (reused token, layer) pairs whose
     QKV was computed afresh; ``fallbacks`` say why a prompt was computed whole, None where it was blended.
 
+    ``output`` is None where only KV was wanted.
+
     ``seconds`` by phase, of the host's clock: "plan" (masks, and turning scores into rows), "probe" (forwards that a
     policy looked at), "load" (waiting for KV and re-rotating it), "correct", "recompute".
     """
 
-    output: Output
+    output: Output | None
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     plans: tuple[BlendPlan, ...]
@@ -57,6 +60,8 @@ def blend(
     seed: int = 0,
     max_rows: int | None = None,
     on_layer: OnLayer | None = None,
+    kv_only: bool = False,
+    room: LayerRoom | None = None,
 ) -> BlendResult[Output]:
     """Blend a batch of prompts in one pass.
 
@@ -70,6 +75,9 @@ def blend(
             piece, which need not hold the last row of every prompt.
         on_layer: called with each layer's number, keys and values, in order, once they are final. They are let go then:
             the result has none. When a passage fails to load in the middle, it begins again with layer 0.
+        kv_only: stop once the KV of the last layer is in place; there is no ``output`` then.
+        room: where the layers lie meanwhile; what it gave for an earlier blend is overwritten. None: memory of their
+            own.
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows}: a forward has at least one row")
@@ -80,7 +88,10 @@ def blend(
     while True:
         try:
             batch = BlendBatch(attempt)
-            return _Blend(host, batch, ropes, policy, corrector, seed, max_rows).run(tuple(fallbacks), on_layer)
+            if room is not None:
+                room.clear()
+            attempted = _Blend(host, batch, ropes, policy, corrector, seed, max_rows, room)
+            return attempted.run(tuple(fallbacks), on_layer, kv_only)
         except PromptLoadError as error:  # noqa: PERF203 - at most once a prompt
             failed = attempt[error.prompt]
             whole = BlendPlan(failed.plan.num_tokens, suffix_tokens=failed.plan.suffix_tokens)
@@ -100,16 +111,17 @@ class _Blend(Generic[Output]):
         corrector: Corrector,
         seed: int,
         max_rows: int | None,
+        room: LayerRoom | None,
     ) -> None:
         self._host = host
         self._batch = batch
-        self._kv = BatchKV(batch, ropes, corrector)
+        self._kv = BatchKV(batch, ropes, corrector, room)
         self._policy = policy
         self._seed = seed
         self._max_rows = max_rows
         self._probing = 0.0
 
-    def run(self, fallbacks: tuple[str | None, ...], on_layer: OnLayer | None) -> BlendResult[Output]:
+    def run(self, fallbacks: tuple[str | None, ...], on_layer: OnLayer | None, kv_only: bool) -> BlendResult[Output]:
         start = time.perf_counter()
         computed = self._select()
         plans = tuple(
@@ -118,8 +130,9 @@ class _Blend(Generic[Output]):
         )
         planned = time.perf_counter()
         before = self._moving()
-        output = Recompute(self._batch, self._kv, computed, self._max_rows, on_layer).run(self._host)
-        assert output is not None, "the host stopped a forward that nobody asked it to stop"
+        last_layer = self._host.num_layers - 1 if kv_only else None
+        output = Recompute(self._batch, self._kv, computed, self._max_rows, on_layer, last_layer).run(self._host)
+        assert kv_only or output is not None, "the host stopped a forward that nobody asked it to stop"
         recompute = time.perf_counter() - planned - (self._moving() - before)
         keys, values = self._kv.tensors()
         return BlendResult(
@@ -171,16 +184,23 @@ class _Blend(Generic[Output]):
             max_rows=self._max_rows,
         )
         forward.run(self._host)
+        received = self._agreed(forward.received, heads)
         self._probing += time.perf_counter() - start
-        return forward.received
+        return received
 
     def deviation(self, layer: int, tensor: DeviationTensor, rows: torch.Tensor | None) -> torch.Tensor:
         start = time.perf_counter()
         looked_at = ~self._batch.exact if rows is None else rows
         forward = MeasureDeviation(self._batch, self._kv, looked_at | self._batch.forced, layer, tensor, self._max_rows)
         forward.run(self._host)
+        deviation = self._agreed(forward.deviation, "mean")
         self._probing += time.perf_counter() - start
-        return forward.deviation
+        return deviation
+
+    def _agreed(self, scores: torch.Tensor, heads: HeadReduction) -> torch.Tensor:
+        """Ranks must choose the same tokens, each by what the heads of all say."""
+        agreed_scores = getattr(self._host, "agreed_scores", None)
+        return scores if agreed_scores is None else agreed_scores(scores, heads)
 
     def _scoring_rows(self) -> torch.Tensor:
         """bool ``[N]``: the new rows of each prompt that reuses anything, thinned out where there are many."""

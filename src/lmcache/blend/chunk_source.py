@@ -45,6 +45,29 @@ class ChunkSource:
             plane.record_stream(stream)
         return arriving.planes
 
+    def copy_into(self, layer_id: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """See :class:`lmcache.blend.kv_source.DirectSource`."""
+        if self._device.type != "cpu" or not self._fits(start, keys, values):
+            return False
+        written = 0
+        for views, offset, num_tokens in self._parts:
+            skipped = min(start, num_tokens)
+            start -= skipped
+            at, end = offset + skipped, offset + min(num_tokens, skipped + len(keys) - written)
+            while at < end:
+                page, first = divmod(at, views[0].shape[2])
+                count = min(views[0].shape[2] - first, end - at)
+                for plane, ours in zip(views, (keys, values), strict=True):
+                    ours[written : written + count].copy_(plane[layer_id, page, first : first + count])
+                written += count
+                at += count
+        return True
+
+    def _fits(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        planes = self._parts[0][0]
+        shapes = [plane.shape[3:] for plane in planes]
+        return start + len(keys) <= self.num_tokens and shapes == [keys.shape[1:], values.shape[1:]]
+
     def prefetch(self, layer_id: int) -> None:
         """Start the copy to the device, beside what is computed there."""
         if self._device.type == "cpu" or layer_id in self._under_way:

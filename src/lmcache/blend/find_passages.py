@@ -31,11 +31,17 @@ class FoundPassages:
     ranges: list[Range] | None
 
     def held(self, start: int, end: int, min_tokens: int) -> list[HeldPassage]:
-        """What has arrived of the tokens ``[start, end)``; no run reaches over the border of a passage."""
-        ranges = [(start, end)] if self.ranges is None else self.ranges
+        """What has arrived of the tokens ``[start, end)``, those before them being exact.
+
+        No run reaches over the border of a passage.
+
+        Without borders, a run that goes on from the exact tokens as it did before counts them too.
+        """
+        if self.ranges is None:
+            return self.lease.passages(start, end, min_tokens, exact_tokens=start)
         return [
             passage
-            for first, last in ranges
+            for first, last in self.ranges
             for passage in self.lease.passages(max(first, start), min(last, end), min_tokens)
         ]
 
@@ -85,7 +91,10 @@ class PassageFinder:
         seams = [first - start for first, _ in ranges or () if first >= start]
         behind: npt.NDArray[np.uint32] = token_array(tokens)[start:]
         matches = [
-            _shifted(match, start) for match in self._known.find(behind, namespace, max(min_tokens, WINDOW), seams)
+            _shifted(match, start)
+            for match in self._known.find(
+                behind, namespace, max(min_tokens, WINDOW), seams, exact_tokens=start if ranges is None else 0
+            )
         ]
         connector = self._engine.gpu_connector
         assert connector is not None

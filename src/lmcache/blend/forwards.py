@@ -15,6 +15,7 @@ import torch
 
 from lmcache.blend.attention import QueryMask, attention_received, sparse_attention
 from lmcache.blend.batch import BlendBatch
+from lmcache.blend.correctors.interface import Memo
 from lmcache.blend.host import BlendHost, StopForward
 from lmcache.blend.layer_kv import BatchKV, LayerKV
 from lmcache.blend.selection import DeviationTensor, HeadReduction
@@ -54,7 +55,7 @@ class Piece:
     """The rows of one call of the host.
 
     ``rows`` (int64 ``[n]``) ascend; ``covers`` is the half-open range of the batch's rows whose KV is final with it,
-    ``last`` whether it is the last of its forward.
+    ``last`` whether it is the last of its forward. ``memo`` is what a corrector keeps for them from layer to layer.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Piece:
             for index, prompt in enumerate(batch.prompts)
             if at[index] < at[index + 1]
         ]
+        self.memo: Memo = {}
         self._known = known
         self._masks: dict[int | None, list[QueryMask]] = {}
 
@@ -160,7 +162,8 @@ class BlendForward(ABC):
 class Recompute(BlendForward):
     """The forward that counts: what is not computed is corrected, what is computed overwrites it.
 
-    ``on_layer(layer_id, keys, values)`` is given each layer when it is final, which is then let go.
+    ``on_layer(layer_id, keys, values)`` is given each layer when it is final, which is then let go. With ``last_layer``
+    only KV is wanted, up to that layer: the forward stops when it is in place.
     """
 
     def __init__(
@@ -170,13 +173,18 @@ class Recompute(BlendForward):
         computed: torch.Tensor,
         max_rows: int | None = None,
         on_layer: OnLayer | None = None,
+        last_layer: int | None = None,
     ) -> None:
         super().__init__(batch, kv, computed, max_rows)
         self._on_layer = on_layer
+        self._last_layer = last_layer
 
     def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
-        self.kv.correct(layer, piece.rows, fresh.k, fresh.v, piece.covers)
+        self.kv.correct(layer, piece.rows, fresh.k, fresh.v, piece.covers, piece.memo)
         layer.write(piece.rows, fresh.k, fresh.v)
+        if layer.layer_id == self._last_layer:
+            self.leave(piece, layer)
+            raise StopForward
 
     def leave(self, piece: Piece, layer: LayerKV) -> None:
         if self._on_layer is not None and piece.last:
@@ -196,18 +204,17 @@ class MeasureDeviation(Recompute):
         tensor: DeviationTensor,
         max_rows: int | None = None,
     ) -> None:
-        super().__init__(batch, kv, computed, max_rows)
-        self._last_layer = last_layer
+        super().__init__(batch, kv, computed, max_rows, last_layer=last_layer)
         self._tensor = tensor
         self.deviation = torch.full((batch.num_rows,), -torch.inf)
 
     def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
         layer.measure(piece.rows, fresh.k, fresh.v)
         super().take(piece, layer, fresh)
-        if layer.layer_id == self._last_layer:
-            if piece.last:
-                self._read(layer)
-            raise StopForward
+
+    def leave(self, piece: Piece, layer: LayerKV) -> None:
+        if layer.layer_id == self._last_layer and piece.last:
+            self._read(layer)
 
     def _read(self, layer: LayerKV) -> None:
         computed = torch.cat([piece.rows for piece in self.pieces])

@@ -6,7 +6,7 @@ layer; everything of CacheBlend happens there.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
@@ -48,6 +48,14 @@ class Attend(Protocol):
 
 class StopForward(Exception):
     """Ends a forward in the middle of the model, on purpose. Hosts must not swallow it."""
+
+
+class ShardedHost(Protocol):
+    """A host that holds some of the model's heads; other ranks run the same blend with the others."""
+
+    def agreed_scores(self, scores: torch.Tensor, heads: Literal["mean", "max"]) -> torch.Tensor:
+        """``scores`` (float32 ``[N]``) of this rank's heads and those of all others, the same in every rank, up to a
+        factor. Every rank calls it at the same point of a blend."""
 
 
 class BlendHost(Protocol[Output_co]):

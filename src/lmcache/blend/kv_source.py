@@ -31,6 +31,16 @@ class KVSource(Protocol):
         """
 
 
+class DirectSource(KVSource, Protocol):
+    """A source that saves a copy where it can."""
+
+    def copy_into(self, layer_id: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Write the tokens from ``start`` on into ``keys`` and ``values``, as many as these have room for.
+
+        False: it cannot do that here, and nothing was written; :meth:`layer` tells why, or does it.
+        """
+
+
 class PrefetchingSource(KVSource, Protocol):
     """A source that is told which layer will be wanted next."""
 

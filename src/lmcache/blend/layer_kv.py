@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from lmcache.blend.batch import BlendBatch, PlacedSpan
-from lmcache.blend.correctors.interface import Corrector, LayerCorrection
+from lmcache.blend.correctors.interface import Corrector, LayerCorrection, Memo
 from lmcache.blend.kv_source import KVLoadError
+from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.rope import FusedRope
 
 
@@ -56,11 +57,15 @@ class LayerKV:
 class BatchKV:
     """All layers of a batch. Layers are loaded and re-rotated when they are first wanted."""
 
-    def __init__(self, batch: BlendBatch, ropes: Sequence[FusedRope | None], corrector: Corrector) -> None:
+    def __init__(
+        self, batch: BlendBatch, ropes: Sequence[FusedRope | None], corrector: Corrector, room: LayerRoom | None = None
+    ) -> None:
+        """``room``: cleared, and used by nobody else; None: one of its own."""
         self._batch = batch
         self.ropes = ropes
         self._corrector = corrector
         self._layers: dict[int, LayerKV] = {}
+        self._room = room or LayerRoom()
         self._holes = torch.nonzero(~(batch.reusable | batch.exact))[:, 0]
         self.seconds = {"load": 0.0, "correct": 0.0}
 
@@ -74,7 +79,7 @@ class BatchKV:
         if held is None:
             start = time.perf_counter()
             num_rows = self._batch.num_rows
-            held = LayerKV(layer_id, k.new_empty(num_rows, *k.shape[1:]), v.new_empty(num_rows, *v.shape[1:]))
+            held = LayerKV(layer_id, self._room.take(num_rows, k), self._room.take(num_rows, v))
             # What is masked out has weight 0, and 0 times what happens to lie in fresh memory may be NaN.
             held.values.index_fill_(0, self._holes.to(v.device), 0)
             held.keys.index_fill_(0, self._holes.to(k.device), 0)
@@ -94,7 +99,26 @@ class BatchKV:
                     prefetch(layer_id)
 
     def _place(self, layer: LayerKV, placed: PlacedSpan) -> None:
+        self._copy(layer, placed)
         span, (start, end) = placed.span, placed.rows
+        rope = self.ropes[layer.layer_id]
+        if rope is not None and not span.exact:
+            new = self._batch.positions[start:end]
+            rope.fused_encode(
+                new + (span.old_start - span.start),
+                new,
+                layer.keys[start:end],
+                old_length=placed.source.length,
+                new_length=self._batch.plans[placed.prompt].num_tokens,
+            )
+
+    def _copy(self, layer: LayerKV, placed: PlacedSpan) -> None:
+        span, (start, end) = placed.span, placed.rows
+        copy_into = getattr(placed.source, "copy_into", None)
+        if copy_into is not None and copy_into(
+            layer.layer_id, span.source_start, layer.keys[start:end], layer.values[start:end]
+        ):
+            return
         try:
             keys, values = placed.source.layer(layer.layer_id)
         except KVLoadError as error:
@@ -108,24 +132,21 @@ class BatchKV:
                     f"{list(ours.shape[1:])} a token, and {taken.stop} tokens are wanted",
                 )
             ours[start:end] = theirs[taken]
-        rope = self.ropes[layer.layer_id]
-        if rope is not None and not span.exact:
-            new = self._batch.positions[start:end]
-            rope.fused_encode(
-                new + (span.old_start - span.start),
-                new,
-                layer.keys[start:end],
-                old_length=placed.source.length,
-                new_length=self._batch.plans[placed.prompt].num_tokens,
-            )
 
     def correct(
-        self, layer: LayerKV, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, covers: tuple[int, int]
+        self,
+        layer: LayerKV,
+        rows: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        covers: tuple[int, int],
+        memo: Memo,
     ) -> None:
         """Let the corrector move what is not recomputed of the batch's rows ``covers``. Each row once a layer: by then
         it has its final content, unless it is computed again.
 
-        A passage that reaches over the ends of ``covers`` counts as one there and another here.
+        A passage that reaches over the ends of ``covers`` counts as one there and another here. ``memo`` is that of
+        ``rows``.
         """
         first, end = max(covers[0], layer.corrected_to), covers[1]
         if first >= end:
@@ -149,12 +170,15 @@ class BatchKV:
                 spans=tuple((begin, stop) for begin, stop in spans if begin < stop),
                 positions=self._batch.positions.to(device),
                 rope=self.ropes[layer.layer_id],
+                memo=memo,
             )
         )
         self.seconds["correct"] += time.perf_counter() - start
 
     def let_go(self, layer: LayerKV) -> None:
         """Its content is kept elsewhere now; what was counted stays."""
+        for tensor in (layer.keys, layer.values):
+            self._room.give_back(tensor)
         layer.keys = layer.keys[:0]
         layer.values = layer.values[:0]
 

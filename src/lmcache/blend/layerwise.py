@@ -75,7 +75,7 @@ class LayerwiseBlend:
             if hasattr(attn_metadata, "positions"):
                 attn_metadata.positions = self.rows.to(q.device)
         # What was computed for the others to get here is fresh, and stays.
-        self._kv.correct(layer, rows, k, v, (0, self._batch.num_rows))
+        self._kv.correct(layer, rows, k, v, (0, self._batch.num_rows), {})
         layer.write(rows, k, v)
         self.next_layer += 1
         self._on_layer(layer_id, layer.keys, layer.values)

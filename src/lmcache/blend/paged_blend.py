@@ -15,6 +15,7 @@ from lmcache.blend.chunk_source import ChunkSource, PagesSource
 from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.host import BlendHost
 from lmcache.blend.kv_source import KVSource
+from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.passage_lease import HeldPassage
 from lmcache.blend.plan import BlendPlan, ReusedSpan
 from lmcache.blend.policies.interface import SelectionPolicy
@@ -62,6 +63,7 @@ def blend_pages(
     *,
     max_rows: int | None = None,
     seed: int = 0,
+    room: LayerRoom | None = None,
 ) -> BlendResult[Output]:
     """Blend ``prompts`` in one pass and write the KV of all but their exact tokens into the pages, layer by layer.
 
@@ -69,9 +71,11 @@ def blend_pages(
     result has "write" besides the phases of :func:`lmcache.blend.blend_pass.blend`.
     """
     planned = [prompt.planned(connector) for prompt in prompts]
-    rows, slots = _rows_to_write(prompts)
+    written, slots = _rows_to_write(prompts)
     index = connector.token_index(slots)
-    rows = rows.to(connector.tensors[0].device)
+    rows: torch.Tensor | slice = written.to(connector.tensors[0].device)
+    if len(prompts) == 1:
+        rows = slice(int(written[0]), int(written[-1]) + 1)
     writing = 0.0
 
     def write(layer_id: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -80,7 +84,18 @@ def blend_pages(
         connector.write_tokens(layer_id, index, (keys[rows], values[rows]))
         writing += time.perf_counter() - start
 
-    result = blend(host, planned, ropes, policy, corrector, seed=seed, max_rows=max_rows, on_layer=write)
+    result = blend(
+        host,
+        planned,
+        ropes,
+        policy,
+        corrector,
+        seed=seed,
+        max_rows=max_rows,
+        on_layer=write,
+        kv_only=True,
+        room=room,
+    )
     result.seconds["recompute"] -= writing
     result.seconds["write"] = writing
     return result

@@ -99,9 +99,12 @@ class PassageLease:
             for piece in self._pieces():
                 piece.arrived = True
 
-    def passages(self, start: int, end: int, min_tokens: int = 1) -> list[HeldPassage]:
+    def passages(self, start: int, end: int, min_tokens: int = 1, *, exact_tokens: int = 0) -> list[HeldPassage]:
         """What has arrived of the tokens ``[start, end)``, in runs of at least ``min_tokens``. Call :meth:`cut` first:
-        what arrives later is not in it."""
+        what arrives later is not in it.
+
+        A run counts the ``exact_tokens`` at the beginning of the prompt that it goes on from.
+        """
         found: list[HeldPassage] = []
         with self._changed:
             for pieces in self._passages:
@@ -111,7 +114,8 @@ class PassageLease:
                         run.append(piece)
                     elif run:
                         passage = _joined(run, start, end)
-                        if passage.end - passage.start >= min_tokens:
+                        continues = passage.start == passage.old_start == exact_tokens
+                        if passage.end - (0 if continues else passage.start) >= min_tokens:
                             found.append(passage)
                         run = []
         return found

@@ -20,6 +20,7 @@ from lmcache.config.sources import (
 from lmcache.config.value_types import (
     BlendSegmentation,
     Bool,
+    ChunkLayout,
     Float,
     Int,
     JsonObject,
@@ -44,6 +45,11 @@ class LMCacheEngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     chunk_size: Int = Field(256, ge=1, le=65536, description="Tokens in a chunk, the unit that is stored and found.")
+    chunk_layout: ChunkLayout = Field(
+        "automatic",
+        description="How a chunk's bytes lie: automatic (on a CPU the engine's own pages, the fastest) or token_major, "
+        "which every engine reads.",
+    )
     local_cpu: Bool = Field(True, description="Keep chunks in host memory. Off: memory is only staging for the disk.")
     max_local_cpu_size: Float = Field(5.0, gt=0, description="Host memory for chunks, in GiB. Grows as it is used.")
     local_disk: OptionalDirectory = Field(

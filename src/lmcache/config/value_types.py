@@ -89,4 +89,5 @@ OptionalThresholds: TypeAlias = Annotated[Thresholds | None, BeforeValidator(_se
 JsonObject: TypeAlias = Annotated[Mapping[str, Any], BeforeValidator(_mapping)]
 OptionalDirectory: TypeAlias = Annotated[Path | None, BeforeValidator(_directory)]
 PolicyName: TypeAlias = Annotated[Literal["LRU", "LFU", "FIFO", "S3FIFO"], BeforeValidator(_upper)]
+ChunkLayout: TypeAlias = Annotated[Literal["automatic", "token_major"], BeforeValidator(_lower)]
 BlendSegmentation: TypeAlias = Annotated[Literal["automatic", "separator", "explicit"], BeforeValidator(_lower)]

@@ -12,19 +12,22 @@ from lmcache.paging.paged_connector import PagedConnector
 from lmcache.paging.token_connector import TokenConnector
 
 
-def make_connector(kv_layout: KVLayout, tensors: Sequence[torch.Tensor], chunk_size: int) -> PagedConnector:
+def make_connector(
+    kv_layout: KVLayout, tensors: Sequence[torch.Tensor], chunk_size: int, *, token_major: bool = False
+) -> PagedConnector:
     """The fastest connector for these pages: whole pages if they are in host memory and chunks consist of them.
 
     Args:
         tensors: as :class:`KVLayout` describes them.
         chunk_size: tokens in a chunk; chunks of the connector begin at multiples of it.
+        token_major: chunks that every engine reads, where the pages can be taken apart.
 
     Raises:
         ValueError: the pages are packed and nothing moves them whole; the message says what to change.
     """
     divides = chunk_size % kv_layout.block_size == 0
     on_cpu = tensors[0].device.type == "cpu"
-    if on_cpu and divides and kv_layout.page is not None:
+    if on_cpu and divides and kv_layout.page is not None and (kv_layout.packed or not token_major):
         return BlockConnector(kv_layout, tensors)
     if kv_layout.packed:
         raise ValueError(

@@ -15,7 +15,7 @@ from lmcache.keys import CacheKey
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.segmentation.anchors import WINDOW
 from lmcache.segmentation.passage_catalog import CatalogRow, PassageCatalog
-from lmcache.segmentation.passage_index import PassageIndex, PassageMatch, Piece
+from lmcache.segmentation.passage_index import PassageIndex, PassageMatch, Piece, run_length
 
 logger = init_logger(__name__)
 
@@ -80,14 +80,21 @@ class KnownPassages:
         self._sweep_if_due()
 
     def find(
-        self, tokens: npt.NDArray[np.uint32], namespace: bytes, min_tokens: int = WINDOW, seams: Sequence[int] = ()
+        self,
+        tokens: npt.NDArray[np.uint32],
+        namespace: bytes,
+        min_tokens: int = WINDOW,
+        seams: Sequence[int] = (),
+        exact_tokens: int = 0,
     ) -> list[PassageMatch[CacheKey]]:
         """What of ``tokens`` the cache holds, in runs of at least ``min_tokens``; see :meth:`PassageIndex.find`.
 
         Their beginning counts as a seam.
         """
-        matches = self._index.find(tokens, min_tokens, namespace=namespace, seams=(0, *seams))
-        return [run for match in matches for run in self._living(match) if run.end - run.start >= min_tokens]
+        matches = self._index.find(
+            tokens, min_tokens, namespace=namespace, seams=(0, *seams), exact_tokens=exact_tokens
+        )
+        return [run for match in matches for run in self._living(match) if run_length(run, exact_tokens) >= min_tokens]
 
     def clear(self) -> None:
         """Forget what the cache has forgotten."""

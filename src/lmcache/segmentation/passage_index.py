@@ -163,6 +163,7 @@ class PassageIndex(Generic[KeyT]):
         *,
         namespace: bytes = b"",
         seams: Collection[int] = (),
+        exact_tokens: int = 0,
     ) -> list[PassageMatch[KeyT]]:
         """What of ``tokens`` stood in earlier prompts, in runs of at least ``min_tokens``, by where they begin.
 
@@ -170,6 +171,7 @@ class PassageIndex(Generic[KeyT]):
 
         Args:
             seams: where passages are known to begin. One that was noted so is found if it has two windows.
+            exact_tokens: how many tokens stand before ``tokens`` whose KV is there; see :func:`run_length`.
         """
         # Where a seam had no whole window left in its chunk, the next chunk's start took its place.
         at, hashes = anchors(tokens, [place for seam in seams for place in range(seam, seam + WINDOW)])
@@ -189,10 +191,11 @@ class PassageIndex(Generic[KeyT]):
                 if not pieces:
                     continue
                 covered = max(covered, pieces[-1].end)
-                if pieces[-1].end - pieces[0].start >= min_tokens:
-                    first = pieces[0]
-                    old_start = self._starts[self._ids[first.key]] + first.offset
-                    matches.append(PassageMatch(first.start, pieces[-1].end, old_start, tuple(pieces)))
+                first = pieces[0]
+                old_start = self._starts[self._ids[first.key]] + first.offset
+                match = PassageMatch(first.start, pieces[-1].end, old_start, tuple(pieces))
+                if run_length(match, exact_tokens) >= min_tokens:
+                    matches.append(match)
         matches.sort(key=lambda match: match.start)
         return matches
 
@@ -269,6 +272,13 @@ class PassageIndex(Generic[KeyT]):
 
     def _tokens(self, chunk: int) -> npt.NDArray[np.uint32]:
         return self._block(chunk)[: self._lengths[chunk]]
+
+
+def run_length(match: PassageMatch[KeyT], exact_tokens: int) -> int:
+    """Tokens of ``match``. One at the very beginning that stands where it stood goes on from the exact ones before it,
+    and counts with them: the end of a passage, say, whose whole chunks are an exact prefix."""
+    continues = match.start == 0 and match.old_start == exact_tokens
+    return match.end - match.start + (exact_tokens if continues else 0)
 
 
 def _salt(namespace: bytes) -> np.uint64:

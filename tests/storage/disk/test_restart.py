@@ -234,3 +234,30 @@ def test_files_are_readable_by_their_owner_only(tmp_path: Path, heap: Heap) -> N
     directory = tmp_path / "kv"
     fill(directory, heap)
     assert all(path.stat().st_mode & 0o077 == 0 for path in (directory, *chunk_files(directory)))
+
+
+ENDING_SERVER = """
+import atexit, sys, threading
+from pathlib import Path
+from tests.storage.disk.helpers import Heap, key_of, open_tier, put
+
+tier, heap = open_tier(Path(sys.argv[1]), Heap()), Heap()
+atexit.register(tier.close)
+tier._writer._catalog.take_work = (lambda take: lambda *a, **k: (ended.wait(20), take(*a, **k))[1])(
+    tier._writer._catalog.take_work
+)
+ended = threading.Event()
+threading._register_atexit(ended.set)  # the pools' own turn comes before the tier's
+for number in range(10):
+    put(tier, heap, key_of(number))
+"""
+
+
+def test_what_is_queued_when_the_interpreter_ends_is_written(tmp_path: Path, heap: Heap) -> None:
+    """Pools take no work any more when what was registered with ``atexit`` runs: the writer died of it."""
+    command = [sys.executable, "-c", ENDING_SERVER, str(tmp_path)]
+    server = subprocess.run(command, cwd=REPOSITORY, timeout=120, check=False, capture_output=True, text=True)
+    assert server.returncode == 0, server.stderr
+    tier = open_tier(tmp_path, heap)
+    assert [get(tier, key) for key in KEYS] == [content(key, SPEC.nbytes) for key in KEYS]
+    tier.close()

@@ -16,10 +16,10 @@ from lmcache.blend.blend_pass import BlendResult, blend
 from lmcache.blend.correctors import make_corrector
 from lmcache.blend.plan import BlendPlan, ReusedSpan
 from lmcache.blend.policies import make_policy
+from lmcache.integration.blend.model import UnsupportedModelError
+from lmcache.integration.blend.ropes import find_ropes
 from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
-from lmcache.integration.vllm.blend.ropes import find_ropes
-from lmcache.integration.vllm.blend.supported import UnsupportedModelError
 from tests.transformers.small_models import VOCAB, random_ids
 from tests.vllm.blend.definition import Definition, Reused
 from tests.vllm.blend.small_models import next_logprobs, serving
@@ -105,7 +105,7 @@ class Blends:
         ]
         # kv_deviation has computed every token up to the layer at which it looks.
         definition = Definition(reused, kept, rotary, first_layer=2 if plan.policy == "kv_deviation" else 0)
-        return self.logprobs(self.model.hidden_states(PROMPT, torch.arange(len(PROMPT)), definition)[-1:])
+        return self.logprobs(self.model.run(PROMPT, torch.arange(len(PROMPT)), definition)[-1:])
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -148,7 +148,7 @@ def raised(made: Blends) -> str:
 
     def job() -> str:
         try:
-            made.model.hidden_states(PROMPT, torch.arange(len(PROMPT)), fail)
+            made.model.run(PROMPT, torch.arange(len(PROMPT)), fail)
         except Exception as error:
             return repr(error)
         return "nothing"

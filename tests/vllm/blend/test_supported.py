@@ -14,9 +14,10 @@ pytest.importorskip("vllm", reason="the host imports vLLM")
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 from lmcache.blend.rope import FusedRope, RopeFrequencies
+from lmcache.integration.blend.model import UnsupportedModelError
+from lmcache.integration.blend.trial import ropes_in_use
 from lmcache.integration.vllm.blend.scoring import Scoring
-from lmcache.integration.vllm.blend.supported import UnsupportedModelError, attention_layers, check_served
-from lmcache.integration.vllm.blend.trial import ropes_in_use
+from lmcache.integration.vllm.blend.supported import attention_layers, check_served
 
 pytestmark = pytest.mark.vllm
 
@@ -88,17 +89,15 @@ ROPE = FusedRope(RopeFrequencies(torch.tensor([1.0, 0.1])), head_size=4)
 
 
 class OneLayer:
-    """For a :class:`VLLMModel`: one layer, whose K and V ``make`` makes of ids and positions."""
+    """An :class:`EngineModel`: one layer, whose K and V ``make`` makes of ids and positions."""
 
     def __init__(self, make: Any) -> None:
         self.model = nn.Identity()
         self.layers = {"layers.0": None}
-        self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(get_vocab_size=lambda: 50, max_model_len=512),
-        )
+        self.vocab_size, self.max_positions = 50, 512
         self._make = make
 
-    def hidden_states(self, ids: torch.Tensor, positions: torch.Tensor, attend: Any) -> None:
+    def run(self, ids: torch.Tensor, positions: torch.Tensor, attend: Any) -> None:
         token = torch.randn(50, 2, 4, generator=torch.Generator().manual_seed(1))[ids]
         k, v = self._make(token, positions)
         attend(0, k, k, v, scale=1.0)

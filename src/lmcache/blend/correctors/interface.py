@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
 from lmcache.blend.rope import FusedRope
+
+Memo: TypeAlias = "dict[Any, Any]"
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class LayerCorrection:
     ``keys`` ``[N, kv_heads, dim]`` and ``values`` are the moved KV of the whole batch, to be changed in place. Row
     ``rows[i]`` was computed afresh (rows ascend): ``fresh_keys[i]``, ``fresh_values[i]``. A span is the half-open row
     range of one reused passage. ``positions`` (int64 ``[N]``) and ``rope`` (None: the layer has none) let one think in
-    un-rotated keys.
+    un-rotated keys. ``memo`` is the same for all layers with these ``rows``: for what no layer changes.
     """
 
     layer_id: int
@@ -30,6 +32,7 @@ class LayerCorrection:
     spans: tuple[tuple[int, int], ...]
     positions: torch.Tensor
     rope: FusedRope | None
+    memo: Memo = field(default_factory=dict)
 
 
 class Corrector(ABC):

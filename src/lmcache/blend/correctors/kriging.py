@@ -68,24 +68,32 @@ class KrigingCorrector(Corrector):
         # Positive noise makes it positive definite: nothing need be checked, and an accelerator not be waited for.
         factor, _ = torch.linalg.cholesky_ex(among_fresh)
         change = torch.cat([span.keys.change, span.values.change], dim=1)
-        shift = linear(covariance, (torch.cholesky_inverse(factor) @ change).T)
+        # The inverse is symmetric, so this is (inverse @ change)ᵀ.
+        shift = linear(covariance, linear(change.T, torch.cholesky_inverse(factor)))
         width = span.keys.change.shape[1]
         span.keys.add(slice(None), shift[:, :width])
         span.values.add(slice(None), shift[:, width:])
 
     def _covariance(self, span: SampledSpan) -> torch.Tensor:
         """``[n, m]``, of every token with the recomputed ones; without noise."""
+        nearness: torch.Tensor | None = span.memo.get(self)
+        if nearness is None:
+            nearness = span.memo[self] = self._nearness(span)
+        if not self._alike:
+            return nearness.clone()
+        keys = span.keys.moved.flatten(1).to(nearness.dtype)
+        keys = keys - keys.mean()
+        squares = keys.square().mean(1)
+        # Equal keys all over a passage have no variance; they are alike.
+        unit = (self._reach * squares.mean()).clamp_min(1e-30)
+        apart = squares / unit
+        alike = linear(keys, keys[span.fresh] * (2 / (keys.shape[1] * unit)))
+        alike.sub_(apart[:, None]).sub_(apart[span.fresh]).exp_()
+        return alike.mul_(self._alike).add_(nearness)
+
+    def _nearness(self, span: SampledSpan) -> torch.Tensor:
+        """The part of the covariance that hangs on where tokens stand, the same in every layer."""
         distances = span.distances(slice(0, len(span.keys.moved)))
         exponent = -(distances / self._width).square() / 2
         # Further away it is zero to rounding; results too small for normal numbers take ten times as long.
-        covariance = self._passage + self._local * torch.exp(exponent.clamp_min_(-80))
-        if self._alike:
-            keys = span.keys.moved.flatten(1).to(covariance.dtype)
-            keys = keys - keys.mean()
-            squares = keys.square().mean(1)
-            variance = squares.mean()
-            products = linear(keys, keys[span.fresh]) / keys.shape[1]
-            apart = squares[:, None] + squares[span.fresh] - 2 * products
-            # Equal keys all over a passage have no variance; they are alike.
-            covariance += self._alike * torch.exp(-apart / (self._reach * variance).clamp_min(1e-30))
-        return covariance
+        return self._passage + self._local * torch.exp(exponent.clamp_min_(-80))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from lmcache.blend.correctors.interface import LayerCorrection
+from lmcache.blend.correctors.interface import LayerCorrection, Memo
 
 # Tokens that are shifted at a time. It bounds what is held beside the KV; and on a CPU, adding float32 to a 16-bit
 # tensor copies the whole of it first: 10,000 tokens of 8 heads of 128 take ten times as long in one piece.
@@ -31,11 +31,13 @@ class SampledTensor(NamedTuple):
 
 
 class SampledSpan(NamedTuple):
-    """``fresh`` (int64 ``[m]``, 0 … n−1, ascending, m ≥ 1) are the tokens of the span that were recomputed."""
+    """``fresh`` (int64 ``[m]``, 0 … n−1, ascending, m ≥ 1) are the tokens of the span that were recomputed. ``memo`` is
+    the span's own, for all layers."""
 
     fresh: torch.Tensor
     keys: SampledTensor
     values: SampledTensor
+    memo: Memo
 
     def blocks(self) -> Iterator[slice]:
         """The tokens of the span, in pieces."""
@@ -56,17 +58,35 @@ def sampled_spans(layer: LayerCorrection, longest: int | None = None) -> Iterato
     Args:
         longest: a span of more tokens is cut into equal pieces, each of which counts as a span; None: none is.
     """
+    pieces: list[_Piece] | None = layer.memo.get((layer.spans, longest))
+    if pieces is None:
+        pieces = layer.memo[layer.spans, longest] = list(_pieces(layer, longest))
+    for start, end, rows, fresh, memo in pieces:
+        yield SampledSpan(
+            fresh,
+            _sampled(layer.keys[start:end], fresh, layer.fresh_keys[rows]),
+            _sampled(layer.values[start:end], fresh, layer.fresh_values[rows]),
+            memo,
+        )
+
+
+class _Piece(NamedTuple):
+    """Rows ``[start, end)`` of the batch, of which ``rows`` of the fresh ones were recomputed."""
+
+    start: int
+    end: int
+    rows: slice
+    fresh: torch.Tensor
+    memo: Memo
+
+
+def _pieces(layer: LayerCorrection, longest: int | None) -> Iterator[_Piece]:
     bounds = [piece for span in layer.spans for piece in _cut(*span, longest)]
     edges = torch.searchsorted(layer.rows, torch.tensor(bounds, device=layer.rows.device).reshape(-1, 2))
     for (start, end), (first, last) in zip(bounds, edges.tolist(), strict=True):
-        if first == last:
-            continue
-        fresh = layer.rows[first:last].to(layer.keys.device) - start
-        yield SampledSpan(
-            fresh,
-            _sampled(layer.keys[start:end], fresh, layer.fresh_keys[first:last]),
-            _sampled(layer.values[start:end], fresh, layer.fresh_values[first:last]),
-        )
+        if first < last:
+            fresh = layer.rows[first:last].to(layer.keys.device) - start
+            yield _Piece(start, end, slice(first, last), fresh, {})
 
 
 def _cut(start: int, end: int, longest: int | None) -> Iterator[tuple[int, int]]:
@@ -77,4 +97,4 @@ def _cut(start: int, end: int, longest: int | None) -> Iterator[tuple[int, int]]
 
 def _sampled(moved: torch.Tensor, fresh: torch.Tensor, computed: torch.Tensor) -> SampledTensor:
     dtype = torch.promote_types(moved.dtype, torch.float32)
-    return SampledTensor(moved, (computed.to(dtype) - moved[fresh].to(dtype)).flatten(1))
+    return SampledTensor(moved, (computed.to(dtype) - moved.index_select(0, fresh).to(dtype)).flatten(1))

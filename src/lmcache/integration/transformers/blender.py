@@ -208,6 +208,7 @@ class CacheBlend:
         lengths = [len(prompt) for prompt in ids]
         keys = [torch.split(layer, lengths) for layer in result.keys]
         values = [torch.split(layer, lengths) for layer in result.values]
+        assert result.output is not None  # of a blend that is not of KV alone
         device = result.output.device
         return [
             BlendedPrompt(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
-from blake3 import blake3
 
-from lmcache.integration.config_digest import config_digest
+from lmcache.integration.model_identity import fingerprint, model_identity
 from lmcache.metadata import LMCacheEngineMetadata
 
 if TYPE_CHECKING:
@@ -18,48 +16,26 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
-_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
-
-
-def fingerprint(path: Path) -> str:
-    """Digest of the weights in a local folder (or one file): names, sizes and 16 evenly spaced samples of each file.
-
-    Reading all of a 100 GB model at start is no option; some sample changing with retrained weights is certain enough,
-    and unlike the modification time it is the same on every host.
-    """
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
-    stats = [file.stat() for file in files]
-    return _digest(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)))
-
-
-@lru_cache(maxsize=1024)
-def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    digest = blake3()
-    for file, size, _ in files:
-        digest.update(f"{file.name}:{size};".encode())
-        with file.open("rb") as stream:
-            for sample in range(_SAMPLES):
-                stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest(16)
-
-
-def _revision(model: str, revision: str | None, hf_config: Any) -> str:
-    path = Path(model)
-    if path.exists():
-        return fingerprint(path)
-    return str(getattr(hf_config, "_commit_hash", None) or revision or "")
-
 
 def engine_metadata(vllm_config: VllmConfig, chunk_size: int) -> LMCacheEngineMetadata:
     """The identity and KV shape of this process's shard, as vLLM's configuration tells them."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    text_config = model.hf_text_config
     use_mla = bool(getattr(model, "use_mla", False))
     kv_dtype = model.dtype if cache.cache_dtype in ("auto", str(model.dtype).removeprefix("torch.")) else torch.uint8
+    overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else {"function": repr(model.hf_overrides)}
+    if kv_dtype is torch.uint8:
+        overrides = {**overrides, "cache_dtype": str(cache.cache_dtype)}
+    identity = model_identity(
+        model.model,
+        model.revision,
+        model.hf_text_config,
+        overrides=overrides,
+        dtype=model.dtype,
+        kv_dtype=kv_dtype,
+        quantization=model.quantization,
+    )
     return LMCacheEngineMetadata(
-        model_name=Path(model.model).name if Path(model.model).exists() else model.model,
+        **identity._asdict(),
         world_size=parallel.world_size,
         worker_id=parallel.rank,
         kv_dtype=kv_dtype,
@@ -71,15 +47,6 @@ def engine_metadata(vllm_config: VllmConfig, chunk_size: int) -> LMCacheEngineMe
             model.get_head_size(),
         ),
         use_mla=use_mla,
-        revision=_revision(model.model, model.revision, text_config),
-        model_config=config_digest(
-            {
-                **text_config.to_dict(),
-                "model_dtype": str(model.dtype),
-                "quantization": str(model.quantization),
-                "cache_dtype": str(cache.cache_dtype),
-            }
-        ),
         tp_rank=parallel.rank % parallel.tensor_parallel_size,
         tp_size=parallel.tensor_parallel_size,
         pp_rank=parallel.rank // parallel.tensor_parallel_size,

@@ -10,12 +10,8 @@ from lmcache.integration.vllm.connector_metadata import (
 )
 from lmcache.integration.vllm.request_tracker import RequestTracker
 from lmcache.integration.vllm.shared_engine import SharedEngine
-from lmcache.keys import Namespace, placed_segment_key
-from lmcache.prompt import Chunk
+from lmcache.prompt import MIN_RUN_TOKENS, placed_chunks
 from lmcache.segmentation.anchors import WINDOW
-
-# What is shorter is computed faster than it is found: a question, a heading between two passages.
-_MIN_RUN_TOKENS = 64
 
 
 class SavePlanner:
@@ -89,22 +85,17 @@ class SavePlanner:
         runs: list[SegmentRun] = []
         if tracker.blend is not None and tracker.blend.holes is not None:
             for first, last in tracker.blend.holes:
-                if min(last, end) - first >= _MIN_RUN_TOKENS:
-                    runs.append(SegmentRun(_chunks(namespace, tokens, first, min(last, end), size), None))
+                if min(last, end) - first >= MIN_RUN_TOKENS:
+                    runs.append(SegmentRun(placed_chunks(namespace, tokens, first, min(last, end), size), None))
         elif not self._config.save_unfull_chunk:
             first = end // size * size
             if end - first >= WINDOW:
                 before = tracker.keys[first // size - 1] if first else None
-                runs.append(SegmentRun(_chunks(namespace, tokens, first, end, size), before))
+                runs.append(SegmentRun(placed_chunks(namespace, tokens, first, end, size), before))
         if runs:
             meta.segment_saves.append(
                 SegmentSaveOp(request.request_id, tokens, list(tracker.block_ids), runs, _seams(tracker))
             )
-
-
-def _chunks(namespace: Namespace, tokens: list[int], start: int, end: int, size: int) -> list[Chunk]:
-    ranges = [(first, min(first + size, end)) for first in range(start, end, size)]
-    return [Chunk(placed_segment_key(namespace, tokens[first:last], first), first, last) for first, last in ranges]
 
 
 def _seams(tracker: RequestTracker) -> list[int]:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lmcache.integration.guard import never_raise, report_failure
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling
 from lmcache.integration.vllm.connector_metadata import BlendOp, LMCacheConnectorMetadata, LoadOp
-from lmcache.integration.vllm.guard import never_raise, report_failure
 from lmcache.integration.vllm.request_tracker import RequestTracker
 from lmcache.integration.vllm.save_planner import SavePlanner
 from lmcache.integration.vllm.shared_engine import SharedEngine

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 import vllm
 
+from lmcache.integration.blend.model import UnsupportedModelError
+from lmcache.integration.guard import never_raise, report_failure
 from lmcache.integration.vllm.attention_writer import AttentionWriter
 from lmcache.integration.vllm.blend.blender import Blender, BlendReport, PagedRequest, report_of
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
-from lmcache.integration.vllm.blend.supported import UnsupportedModelError
 from lmcache.integration.vllm.connector_metadata import (
     BlendOp,
     LMCacheConnectorMetadata,
@@ -22,7 +23,6 @@ from lmcache.integration.vllm.connector_metadata import (
     SegmentRun,
     SegmentSaveOp,
 )
-from lmcache.integration.vllm.guard import never_raise, report_failure
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
 from lmcache.integration.vllm.prometheus import LMCacheStats
 from lmcache.integration.vllm.shared_engine import SharedEngine
@@ -108,7 +108,8 @@ class WorkerSide:
             layout = verify_layout(layout, tensors, writer, dtype=self._vllm_config.model_config.dtype)
         else:
             logger.warning("The layout %s of backend %s could not be checked by writing", layout.name, writer.backend)
-        connector = make_connector(layout, tensors, self._shared.config.chunk_size)
+        config = self._shared.config
+        connector = make_connector(layout, tensors, config.chunk_size, token_major=config.chunk_layout == "token_major")
         logger.info("KV pages: %s, %d layers, moved by %s", layout.name, len(names), type(connector).__name__)
         return connector
 

@@ -100,7 +100,16 @@ class DiskWriter:
 
     def _begin(self, writes: list[Write]) -> Burst:
         tried = self.breaker.allows() and self._commit(begun=writes)
-        return [(write, self._pool.submit(self._write_file, write) if tried else None) for write in writes]
+        return [(write, self._submit(write) if tried else None) for write in writes]
+
+    def _submit(self, write: Write) -> Future[bool]:
+        try:
+            return self._pool.submit(self._write_file, write)
+        except RuntimeError:
+            # An interpreter that ends refuses work to its pools before it calls what was registered to close us.
+            done: Future[bool] = Future()
+            done.set_result(self._write_file(write))
+            return done
 
     def _end(self, burst: Burst) -> None:
         done = [write for write, outcome in burst if outcome is not None and outcome.result()]

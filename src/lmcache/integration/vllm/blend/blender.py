@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.paged_blend import PagedPrompt, blend_pages
 from lmcache.blend.plan import BlendPlan, Reason
 from lmcache.blend.rope import FusedRope
+from lmcache.integration.blend.model import UnsupportedModelError
+from lmcache.integration.blend.ropes import find_ropes
 from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
-from lmcache.integration.vllm.blend.ropes import find_ropes
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
-from lmcache.integration.vllm.blend.supported import UnsupportedModelError
 from lmcache.paging.paged_connector import PagedConnector
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Blender:
         self._ropes = ropes
         self._connector = connector
         self._max_rows = max_rows
+        self._room = LayerRoom()
 
     @classmethod
     def find(cls, vllm_config: VllmConfig, connector: PagedConnector, layer_names: Sequence[str]) -> Blender:
@@ -127,7 +129,14 @@ class Blender:
         host = VLLMHost(self._model, [torch.tensor(prepared.token_ids) for _, prepared, _ in group])
         options = group[0].prepared.options
         result = blend_pages(
-            host, self._connector, prompts, self._ropes, options.policy, options.corrector, max_rows=self._max_rows
+            host,
+            self._connector,
+            prompts,
+            self._ropes,
+            options.policy,
+            options.corrector,
+            max_rows=self._max_rows,
+            room=self._room,
         )
         seconds = {**result.seconds, "total": time.perf_counter() - start}
         return {

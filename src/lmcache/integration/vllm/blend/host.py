@@ -40,8 +40,16 @@ class VLLMModel:
         self.layers = attention_layers(model, vllm_config)
         self._device = vllm_config.device_config.device
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self.vllm_config.model_config.get_vocab_size())
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.vllm_config.model_config.max_model_len)
+
     @torch.inference_mode()
-    def hidden_states(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def run(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """``[n, hidden]``: what ``model.compute_logits`` takes, for ``input_ids`` ``[n]`` at ``positions`` ``[n]``.
 
         vLLM's pages are neither read nor written. At most ``max_num_batched_tokens`` rows: vLLM has sized its buffers
@@ -131,5 +139,5 @@ class VLLMHost:
 
     def forward(self, rows: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """See :class:`lmcache.blend.host.BlendHost`."""
-        hidden = self._model.hidden_states(self._ids[rows], positions, attend)
+        hidden = self._model.run(self._ids[rows], positions, attend)
         return hidden[torch.isin(rows, self._last_rows).to(hidden.device)]

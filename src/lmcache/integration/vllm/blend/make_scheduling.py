@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lmcache.blend.find_passages import PassageFinder
 from lmcache.config import LMCacheEngineConfig
-from lmcache.integration.vllm.blend.options import BlendDefaults
+from lmcache.integration.blend.options import BlendDefaults
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling
 from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.segmentation.token_text import Tokenizer

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 from vllm.v1.request import RequestStatus
 
+from lmcache.blend.coverage import Declined, choose_passages, covered, holes
 from lmcache.blend.find_passages import FoundPassages, PassageFinder, Range
 from lmcache.blend.passage_lease import HeldPassage, PassageLease
 from lmcache.config import LMCacheEngineConfig
+from lmcache.integration.blend.options import BlendDefaults, BlendOptions
 from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
-from lmcache.integration.vllm.blend.options import BlendDefaults, BlendOptions
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.observability.metrics import Metrics
 
@@ -37,7 +37,7 @@ class PreparedBlend:
 
     @property
     def reused_tokens(self) -> int:
-        return int(_covered(self.passages, len(self.token_ids)).sum())
+        return int(covered(self.passages, len(self.token_ids)).sum())
 
     def tokens_by_tier(self) -> dict[str, int]:
         tiers: dict[str, int] = {}
@@ -48,10 +48,7 @@ class PreparedBlend:
 
     def holes(self) -> list[Range]:
         """Half-open ranges behind the exact tokens that no passage has."""
-        free = ~_covered(self.passages, len(self.token_ids))
-        free[: self.exact_tokens] = False
-        edges = np.flatnonzero(np.diff(free.astype(np.int8), prepend=0, append=0))
-        return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
+        return holes(self.passages, self.exact_tokens, len(self.token_ids))
 
 
 @dataclass
@@ -166,28 +163,17 @@ class BlendScheduling:
         found.lease.cut()
         if blend.asked_at is not None:
             blend.wait_seconds = time.monotonic() - blend.asked_at
-        end = request.num_tokens - 1
-        passages = found.held(exact_tokens, end, self._config.blend_min_tokens)
-        reused = int(_covered(passages, end).sum())
+        chosen = choose_passages(found, exact_tokens, request.num_tokens - 1, self._config)
         if request.num_tokens < self._block_size:
             # No block of it has a name yet, so none could be kept out of vLLM's prefix cache.
             self._fallen_back(blend, "short", f"the prompt is shorter than a page of {self._block_size} tokens")
-        elif not reused:
-            self._fallen_back(
-                blend, "no_passage", f"no known passage of {self._config.blend_min_tokens} tokens or more"
-            )
-        elif reused < self._config.blend_min_coverage * (end - exact_tokens):
-            share = reused / (end - exact_tokens)
-            self._fallen_back(
-                blend,
-                "coverage",
-                f"{share:.0%} of the tokens are known, blend_min_coverage is {self._config.blend_min_coverage}",
-            )
+        elif isinstance(chosen, Declined):
+            self._fallen_back(blend, *chosen)
         else:
             # First of all: should it fail, nothing was promised.
             blend.hashes.apply(request, exact_tokens, self._block_size)
             blend.fallback = None
-            blend.prepared = PreparedBlend(request.all_token_ids[:], exact_tokens, passages, found.lease, blend.options)
+            blend.prepared = PreparedBlend(request.all_token_ids[:], exact_tokens, chosen, found.lease, blend.options)
             return True
         found.lease.release()
         return False
@@ -199,10 +185,3 @@ class BlendScheduling:
                 log_limited(logger, logging.WARNING, f"blend:{reason}", "a request is not blended: %s", words)
             blend.fallback = words
         return blend
-
-
-def _covered(passages: Sequence[HeldPassage], num_tokens: int) -> np.ndarray:
-    mask = np.zeros(num_tokens, bool)
-    for passage in passages:
-        mask[passage.start : passage.end] = True
-    return mask

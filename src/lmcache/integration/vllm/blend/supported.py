@@ -9,18 +9,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
+from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.vllm.blend.scoring import Scoring
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-
-class UnsupportedModelError(ValueError):
-    """This model, or the way it is served, cannot be blended. ``reason`` is short, for counts; the message is whole."""
-
-    def __init__(self, model: object, reason: str) -> None:
-        super().__init__(f"{type(model).__name__} cannot be blended: {reason}. Reuse of exact prefixes works as ever.")
-        self.reason = reason
 
 
 def check_served(model: nn.Module, vllm_config: VllmConfig) -> None:

@@ -1,4 +1,4 @@
-"""The rope of every attention layer of a model that vLLM has loaded."""
+"""The rope of every attention layer of a model that an engine has loaded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from torch import nn
 
 from lmcache.blend.rope import FusedRope, UnsupportedRopeError
 from lmcache.blend.rope_from_module import rope_from_module
-from lmcache.integration.vllm.blend.host import VLLMModel
-from lmcache.integration.vllm.blend.supported import UnsupportedModelError
-from lmcache.integration.vllm.blend.trial import ropes_in_use
+from lmcache.integration.blend.model import EngineModel, UnsupportedModelError
+from lmcache.integration.blend.trial import ropes_in_use
 
 
-def find_ropes(model: VLLMModel) -> list[FusedRope | None]:
+def find_ropes(model: EngineModel) -> list[FusedRope | None]:
     """One a layer, in order; None for a layer whose keys do not depend on position.
 
     They are those of the rotary modules beside the attention layers, tried out on a few tokens.

@@ -1,4 +1,4 @@
-"""What a request may say about its own blend, in ``kv_transfer_params``."""
+"""What a request may say about its own blend, in ``kv_transfer_params`` of vLLM and ``custom_params`` of SGLang."""
 
 from __future__ import annotations
 

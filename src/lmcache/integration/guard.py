@@ -1,4 +1,4 @@
-"""Nothing of ours raises into vLLM's loops: a failure becomes a miss, a count and one log line."""
+"""Nothing of ours raises into an engine's loops: a failure becomes a miss, a count and one log line."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lmcache.blend.rope import FusedRope
-from lmcache.integration.vllm.blend.host import VLLMModel
-from lmcache.integration.vllm.blend.supported import UnsupportedModelError
+from lmcache.integration.blend.model import EngineModel, UnsupportedModelError
 
 _TOKENS = 16
 _SHIFT = 1000
@@ -40,7 +39,7 @@ class _Recorder:
         return q.new_zeros(*q.shape[:2], v.shape[-1])
 
 
-def ropes_in_use(model: VLLMModel, ropes: Sequence[FusedRope | None]) -> list[FusedRope | None]:
+def ropes_in_use(model: EngineModel, ropes: Sequence[FusedRope | None]) -> list[FusedRope | None]:
     """``ropes``, with None for the layers that turn out not to rotate their keys.
 
     Args:
@@ -49,10 +48,9 @@ def ropes_in_use(model: VLLMModel, ropes: Sequence[FusedRope | None]) -> list[Fu
     Raises:
         UnsupportedModelError: the K and V that the model computes are not what a blend relies on, or it cannot be run.
     """
-    size = model.vllm_config.model_config.get_vocab_size()
-    ids = torch.randint(0, size, (_TOKENS,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, model.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0))
     rows = torch.arange(1, _TOKENS, 2)
-    shift = max(0, min(_SHIFT, model.vllm_config.model_config.max_model_len - _TOKENS))
+    shift = max(0, min(_SHIFT, model.max_positions - _TOKENS))
     among_all = _run(model, ids, torch.arange(_TOKENS))
     elsewhere = _run(model, ids[rows], rows + shift)
     in_use: list[FusedRope | None] = []
@@ -74,10 +72,10 @@ def ropes_in_use(model: VLLMModel, ropes: Sequence[FusedRope | None]) -> list[Fu
     return in_use
 
 
-def _run(model: VLLMModel, ids: torch.Tensor, positions: torch.Tensor) -> _Recorder:
+def _run(model: EngineModel, ids: torch.Tensor, positions: torch.Tensor) -> _Recorder:
     recorder = _Recorder()
     try:
-        model.hidden_states(ids, positions, recorder)
+        model.run(ids, positions, recorder)
     except Exception as error:
         raise UnsupportedModelError(model.model, f"it does not run by itself: {error!r}") from error
     expected = list(range(len(model.layers)))
