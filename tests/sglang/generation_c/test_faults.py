@@ -58,3 +58,22 @@ def test_a_fault(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert world.failures() > 0
         assert serve(world, "after") == 64, "it has recovered"
         assert world.connector.open_requests == 0
+
+
+def test_a_failing_blend_hides_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang must wait for a store under way: it gives the slots to others as soon as it thinks there is none."""
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("injected")
+
+    with small_world(monkeypatch) as world:
+        world.connector._blending = Broken()  # type: ignore[assignment]
+        operation = world.store("a", PROMPT)
+        world.connector.complete_store(operation)
+        world.connector._blending = None
+        lookup, hit = world.look("b", PROMPT)
+        assert hit == 64
+        assert world.load(lookup, hit)[0]
+        world.connector.end_all_sessions()
+        assert world.failures() > 0

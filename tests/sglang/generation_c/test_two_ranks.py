@@ -44,7 +44,7 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cold, warm = ask(server), ask(server)
         assert [text for text, _ in warm] == [text for text, _ in cold]
         assert all(reused == 0 for _, reused in cold)
-        assert all(reused > 48 for _, reused in warm)
+        assert min(reused for _, reused in warm) >= 32
         # The second rank alone fails: both must let the request go on without the cache.
         for fault in ("LMCacheEngine.prefetch", "LMCacheEngine.retrieve", "LMCacheEngine.store"):
             with server.failing(f"{fault}@1"):
