@@ -23,11 +23,12 @@ from tests.sglang.generation_c import probe
 def install(folder: Path) -> None:
     file = folder / "fault"
     probe.install(folder)
+    asked = probe._Fault(file)
     for fault in STEPS:
         module, _, path = fault.partition(":")
         owner_name, name = path.split(".")
         owner = getattr(importlib.import_module(f"lmcache.{module}"), owner_name)
-        setattr(owner, name, probe._breakable(file, fault, getattr(owner, name)))
+        setattr(owner, name, probe._breakable(asked, fault, getattr(owner, name)))
     _mistake(file, MISTAKES[0], FusedRope, "fused_encode", lambda self, old, new, k, **lengths: k)
     made = QueryMask.__init__
 

@@ -40,26 +40,45 @@ def install(folder: Path) -> None:
     """To be called before SGLang builds its connector."""
     detector = LeakDetector()
     detector.install()
+    asked = _Fault(folder / "fault")
     for fault, (owner, name) in FAULTS.items():
-        setattr(owner, name, _breakable(folder / "fault", fault, getattr(owner, name)))
+        setattr(owner, name, _breakable(asked, fault, getattr(owner, name)))
     init = UnifiedLMCacheMPConnector.__init__
 
     @functools.wraps(init)
     def probed(self: Any, *args: Any, tp_rank: int, **kwargs: Any) -> None:
         init(self, *args, tp_rank=tp_rank, **kwargs)
+        asked.rank = tp_rank
         arguments = (folder, tp_rank, self, detector)
         threading.Thread(target=_answer, args=arguments, name="probe", daemon=True).start()
 
     UnifiedLMCacheMPConnector.__init__ = probed  # type: ignore[method-assign]
 
 
-def _breakable(file: Path, fault: str, method: Any) -> Any:
+class _Fault:
+    """The file says which: a name, or ``name@rank`` for one rank alone."""
+
+    rank = 0
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def strikes(self, fault: str) -> bool:
+        return self._file.exists() and self._file.read_text() in (fault, f"{fault}@{self.rank}")
+
+
+def _breakable(asked: _Fault, fault: str, method: Any) -> Any:
+    after = fault == "Lookup.release"  # what is not given back because of the test is no leak of ours
+
     @functools.wraps(method)
     def broken(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs) if fault == "Lookup.release" else None  # else the test itself would leak
-        if file.exists() and file.read_text() == fault:
+        strikes = asked.strikes(fault)
+        if strikes and not after:
             raise InjectedError(fault)
-        return result if fault == "Lookup.release" else method(*args, **kwargs)
+        result = method(*args, **kwargs)
+        if strikes:
+            raise InjectedError(fault)
+        return result
 
     return broken
 

@@ -6,9 +6,13 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from demo.server import EngineServer
 from demo.sglang.server import ARGUMENTS, SHIMS, SGLangServer
@@ -17,12 +21,34 @@ from tests.sglang.server import MODEL, REPOSITORY, Server
 MODULE = "tests.sglang.generation_c.probed_launch"
 
 
+@dataclass(frozen=True)
+class Aborted:
+    """What came before a request was aborted; ``reason``: why it ended."""
+
+    tokens: list[int]
+    reason: str
+
+
 class ProbedServer(Server):
     """See :func:`probed_server`."""
 
     def __init__(self, process: SGLangServer, log: Path, folder: Path) -> None:
         super().__init__(process, log)
         self._folder = folder
+
+    def generate_and_abort(self, prompt: str, request_id: str, after: float, *, salt: str | None = None) -> Aborted:
+        """Ask for 100 tokens, and abort that ``after`` seconds: in the queue, while it loads, or later."""
+        parameters = {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True}
+        body = {"text": prompt, "rid": request_id, "cache_salt": salt, "sampling_params": parameters}
+        with ThreadPoolExecutor(1) as other:
+            response = other.submit(httpx.post, f"{self.url}/generate", json=body, timeout=300)
+            time.sleep(after)
+            while not response.done():  # SGLang forgets to abort what it does not know yet
+                self.abort(request_id)
+                time.sleep(0.1)
+        reply = response.result().json()
+        reason = (reply.get("meta_info", {}).get("finish_reason") or {}).get("type", "")
+        return Aborted(reply.get("output_ids") or [], reason)
 
     def state(self, rank: int = 0) -> dict[str, Any]:
         """``open`` requests, ``leaks`` in words, ``metrics`` by name; of a server that has nothing to do."""
