@@ -31,14 +31,15 @@ class EngineServer:
     """``with EngineServer(module, …) as server:`` starts the server; leaving the block ends it and all its children.
 
     Entering returns at once; :meth:`wait_until_ready` waits. ``module`` is run with ``--host``, ``--port`` and
-    ``arguments``; ``environment`` adds to ours.
+    ``arguments``; ``environment`` adds to ours; None takes a variable out.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str | None], log: Path) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
-        self._environment = {**os.environ, **ENVIRONMENT, **environment}
+        variables = {**os.environ, **ENVIRONMENT, **environment}
+        self._environment = {name: value for name, value in variables.items() if value is not None}
         self._command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port), *arguments]
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -18,5 +18,5 @@ ENVIRONMENT = {
 class VLLMServer(EngineServer):
     """``arguments`` go to vLLM's command line."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str | None], log: Path) -> None:
         super().__init__("vllm.entrypoints.openai.api_server", arguments, {**ENVIRONMENT, **environment}, log)

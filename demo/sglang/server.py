@@ -30,12 +30,12 @@ class SGLangServer(EngineServer):
         self,
         model: Path,
         arguments: Sequence[str],
-        environment: Mapping[str, str],
+        environment: Mapping[str, str | None],
         log: Path,
         *,
         lmcache: bool = True,
     ) -> None:
-        paths = [str(SHIMS), environment.get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+        paths = [str(SHIMS), environment.get("PYTHONPATH") or "", os.environ.get("PYTHONPATH", "")]
         super().__init__(
             "sglang.launch_server",
             ["--model-path", str(model), *ARGUMENTS, *(["--enable-lmcache"] if lmcache else []), *arguments],
