@@ -45,7 +45,7 @@ test-vllm: setup ## the tests on a real vLLM
 
 test-sglang: setup-sglang ## the tests on a real SGLang
 	$(SGLANG_BIN)/python scripts/fetch_sglang_sources.py $(SGLANG_SOURCES)
-	SGLANG_PYTHON=$(abspath $(SGLANG_BIN))/python SGLANG_SOURCES=$(abspath $(SGLANG_SOURCES)) \
+	PYTHONPATH=$(abspath demo/sglang/shims) SGLANG_PYTHON=$(abspath $(SGLANG_BIN))/python SGLANG_SOURCES=$(abspath $(SGLANG_SOURCES)) \
 		$(SGLANG_BIN)/python -m pytest -m sglang tests/sglang tests/demo
 
 demo: setup ## a real vLLM server: a conversation cold, from memory, from disk; questions over documents with CacheBlend

@@ -15,11 +15,11 @@ from rich.markup import escape
 from demo.conversation import SERVED_NAME, warm_up
 from demo.options import Options, parse
 from demo.rag import ENVIRONMENT as BLENDING
-from demo.rag import RagResult, ask_in_all_ways
+from demo.rag import WITHOUT_CACHE, RagResult, ask_in_all_ways
 from demo.report import Result
 from demo.screen import console, hold_aloud, started
 from demo.server import ServerFailedError
-from demo.vllm_chat import WITHOUT_CACHE, ask
+from demo.vllm_chat import ask
 from demo.vllm_server import VLLMServer
 
 CONNECTOR = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
@@ -69,7 +69,7 @@ def run_rag(options: Options) -> RagResult:
     console.print()
     with running_server("Starting vLLM with CacheBlend", options, environment) as url:
         console.print("\n[bold]Questions over six documents, chosen and ordered anew each time")
-        result = RagResult(list(ask_in_all_ways(url)))
+        result = RagResult(list(ask_in_all_ways(partial(ask, url))))
     console.print()
     console.print(result.table())
     return result

@@ -6,15 +6,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 from rich.table import Table
 
 from demo.conversation import DOCUMENT, Answer
-from demo.vllm_chat import WITHOUT_CACHE, ask
 
 ENVIRONMENT = {"LMCACHE_ENABLE_BLENDING": "true", "LMCACHE_BLEND_MIN_TOKENS": "128"}
 
+# What a single request may ask of the cache: in ``kv_transfer_params`` of vLLM, in ``custom_params`` of SGLang.
+WITHOUT_CACHE = {"lmcache.skip_load": True, "lmcache.skip_save": True}
 INSTRUCTION = "You are the clerk of the harbour office. Answer in one sentence from these parts of the handbook."
 # The handbook has six parts; each question is asked over some of them.
 ASKED: list[tuple[str, tuple[int, ...]]] = [
@@ -40,7 +41,15 @@ class AskedQuestion:
     answers: dict[str, Answer]
 
 
-def ask_in_all_ways(url: str) -> Iterator[AskedQuestion]:
+class AskAWay(Protocol):
+    """Sends one chat, greedily; ``params`` are what the request says to us, ``salt`` is its way's own cache."""
+
+    def __call__(
+        self, question: str, messages: list[dict[str, str]], *, params: dict[str, Any], salt: str
+    ) -> Answer: ...
+
+
+def ask_in_all_ways(ask: AskAWay) -> Iterator[AskedQuestion]:
     """Each way has a cache of its own, and learns the documents from its own earlier questions."""
     texts = re.split(r"\n(?=Part )", DOCUMENT.read_text())
     seen: set[int] = set()
@@ -50,7 +59,7 @@ def ask_in_all_ways(url: str) -> Iterator[AskedQuestion]:
             {"role": "system", "content": INSTRUCTION},
             {"role": "user", "content": f"{documents}\n\n{question}"},
         ]
-        answers = {way: ask(url, question, messages, params, salt=way) for way, params in WAYS.items()}
+        answers = {way: ask(question, messages, params=params, salt=way) for way, params in WAYS.items()}
         yield AskedQuestion(parts, seen.issuperset(parts), answers)
         seen.update(parts)
 

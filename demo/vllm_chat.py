@@ -9,9 +9,6 @@ import httpx
 
 from demo.conversation import MAX_TOKENS, SERVED_NAME, Answer
 
-# What a single request may ask of the cache, in ``kv_transfer_params``.
-WITHOUT_CACHE = {"lmcache.skip_load": True, "lmcache.skip_save": True}
-
 
 def ask(
     url: str,

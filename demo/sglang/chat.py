@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import httpx
 
@@ -12,14 +13,23 @@ from demo.conversation import MAX_TOKENS, SERVED_NAME, Answer
 STORAGE = "storage"  # what SGLang calls all that did not come from its own cache
 
 
-def ask(url: str, question: str, messages: list[dict[str, str]], salt: str | None = None) -> Answer:
-    """One chat completion, streamed. Requests with different ``salt`` share nothing."""
+def ask(
+    url: str,
+    question: str,
+    messages: list[dict[str, str]],
+    salt: str | None = None,
+    params: dict[str, Any] | None = None,
+    request_id: str | None = None,
+) -> Answer:
+    """One chat completion, streamed. Requests with different ``salt`` share nothing; ``params`` are said to us."""
     body = {
         "model": SERVED_NAME,
         "messages": messages,
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
         "cache_salt": salt,
+        "custom_params": params,
+        "rid": request_id,
         "stream": True,
         "stream_options": {"include_usage": True},
         "return_cached_tokens_details": True,

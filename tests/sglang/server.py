@@ -65,7 +65,7 @@ class Server:
         return Generation(
             text=reply["text"],
             tokens=reply["output_ids"],
-            prompt_tokens=meta["prompt_tokens"],
+            prompt_tokens=meta.get("prompt_tokens", 0),  # of an aborted request nothing is told
             own=cached.get("device", 0),
             storage=cached.get("storage", 0),
             reason=(meta["finish_reason"] or {}).get("type", ""),

@@ -285,7 +285,7 @@ class UnifiedLMCacheMPConnector:
 
         def kept() -> None:
             if blending is not None:
-                blending.remember(tokens, keys, start)
+                blending.remember(rid, tokens, keys, start)
 
         if blending is not None:
             try:

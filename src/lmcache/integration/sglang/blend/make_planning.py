@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmcache.blend.find_passages import PassageFinder
 from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.guard import report_failure
-from lmcache.integration.sglang.blend.blender import Blender
-from lmcache.integration.sglang.blend.planning import BlendPlanning
 from lmcache.integration.sglang.blend.scheduler_access import SchedulerAccess
 from lmcache.integration.sglang.shared_engine import RankOf
 from lmcache.manager import LMCacheManager
 from lmcache.observability.logging import init_logger
 from lmcache.paging.paged_connector import PagedConnector
+
+if TYPE_CHECKING:
+    from lmcache.integration.sglang.blend.planning import BlendPlanning
 
 logger = init_logger(__name__)
 
@@ -34,6 +35,10 @@ def make_planning(
     known, config, engine = manager.passages, manager.config, manager.engine
     if known is None:
         return None
+    # These import SGLang, which the rest of the connector does without.
+    from lmcache.integration.sglang.blend.blender import Blender
+    from lmcache.integration.sglang.blend.planning import BlendPlanning
+
     try:
         if access is None:
             raise UnsupportedModelError(None, "SGLang's scheduler was not found among the callers")

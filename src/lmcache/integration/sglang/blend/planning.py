@@ -23,13 +23,21 @@ from lmcache.integration.sglang.blend.scheduler_access import SchedulerAccess
 from lmcache.integration.sglang.generation_c.operations import Lookup
 from lmcache.integration.sglang.tenants import blended_key
 from lmcache.integration.sglang.tp_agreement import all_reduce, min_over_ranks
-from lmcache.keys import PrefixKey, token_array
+from lmcache.keys import PrefixKey, Tokens, token_array
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.prompt import MIN_RUN_TOKENS, Chunk, placed_chunks
 from lmcache.segmentation.anchors import WINDOW
 from lmcache.segmentation.known_passages import KnownChunk, KnownPassages
 
 logger = init_logger(__name__)
+
+
+@dataclass
+class _Seen:
+    """A request, and where passages of its prompt are known to begin."""
+
+    req: Any
+    seams: list[int]
 
 
 @dataclass
@@ -78,7 +86,7 @@ class BlendPlanning:
         self._access = access
         self._page_size = page_size
         self._defaults = BlendDefaults(engine.config)
-        self._seen: dict[str, Any] = {}
+        self._seen: dict[str, _Seen] = {}
         self._tails_kept: set[str] = set()
 
     # Deciding
@@ -149,9 +157,9 @@ class BlendPlanning:
         req = self._access.waiting(lookup.request_id)
         if req is None or not lookup.exact:
             return None
-        self._seen[lookup.request_id] = req
-        if getattr(req, "multimodal_inputs", None) is not None or getattr(req, "return_logprob", False):
-            return None  # placeholders of pictures say nothing of their KV; log-probabilities want every token computed
+        seen = self._seen[lookup.request_id] = _Seen(req, [])
+        if getattr(req, "multimodal_inputs", None) is not None:
+            return None  # placeholders of pictures say nothing of their KV
         try:
             options = self._defaults.for_request(self._access.custom_params(req))
             tokens = [int(token) for token in req.origin_input_ids]
@@ -159,7 +167,9 @@ class BlendPlanning:
         except ValueError as error:
             self._declined("bad_request", str(error))
             return None
-        if not options.enabled:
+        # Also of a request that is not to be blended: its passages are kept for others.
+        seen.seams = [start for start, _ in ranges or ()]
+        if not options.enabled or self._access.wants_whole_prompt(req):
             return None
         resident, unlock = self._resident(flow)
         if len(resident) < exact_tokens:
@@ -167,8 +177,7 @@ class BlendPlanning:
         exact = max(exact_tokens, len(resident))
         namespace = self._engine.namespace(paged=True, cache_salt=lookup.cache_salt).id
         found = self._finder.find(tokens, exact, ranges, namespace)
-        seams = [start for start, _ in ranges or ()]
-        return Wanted(req, tokens, options, exact, found, resident, unlock, seams)
+        return Wanted(req, tokens, options, exact, found, resident, unlock, seen.seams)
 
     def _resident(self, flow: Any) -> tuple[torch.Tensor, Any]:
         """Slots of what the radix tree has of the prompt, held until the call that comes with them."""
@@ -215,12 +224,16 @@ class BlendPlanning:
         else:
             recomputed = sum(end - start for start, end in result.plans[0].selected)
             self._metrics.blended(reused, recomputed, result.seconds)
+            logger.debug(
+                "CacheBlend of %s: %d tokens reused, %d of them exact, %d recomputed",
+                *(lookup.request_id, exact + reused, exact, recomputed),
+            )
         self._keep_holes(lookup, prepared, slots, wanted.seams)
         return True
 
     # Remembering
 
-    def remember(self, tokens: Any, keys: Sequence[PrefixKey], start: int) -> None:
+    def remember(self, request_id: str, tokens: Tokens, keys: Sequence[PrefixKey], start: int) -> None:
         """Let the chunks of an exact prefix from ``start`` on be found anywhere."""
         size = self._config.chunk_size
         array, first = token_array(tokens), start // size
@@ -229,18 +242,23 @@ class BlendPlanning:
             for at, key in enumerate(keys[first:], start=first)
         ]
         if chunks:
-            self._known.add_prompt(chunks, before=keys[first - 1] if first else None)
+            seen = self._seen.get(request_id)
+            self._known.add_prompt(
+                chunks, seen.seams if seen is not None else (), before=keys[first - 1] if first else None
+            )
 
     def keep_tail(self, request_id: str, keys: Sequence[PrefixKey], cache_salt: str) -> None:
         """Keep the end of a computed prompt, which fills no chunk, as a passage that can be found."""
-        req = self._seen.get(request_id)
-        if req is None or request_id in self._tails_kept or not len(req.output_ids):
+        seen = self._seen.get(request_id)
+        if seen is None or request_id in self._tails_kept or not len(seen.req.output_ids):
             return
+        req = seen.req
         self._tails_kept.add(request_id)
         tokens, size = [int(token) for token in req.origin_input_ids], self._config.chunk_size
         first = len(tokens) // size * size
         if len(tokens) - first >= WINDOW and len(keys) == first // size:
-            self._keep(tokens, [(first, len(tokens))], self._access.slots(req, len(tokens)), cache_salt, keys[-1:])
+            slots = self._access.slots(req, len(tokens))
+            self._keep(tokens, [(first, len(tokens))], slots, cache_salt, keys[-1:], seen.seams)
 
     def forget(self, request_id: str) -> None:
         self._seen.pop(request_id, None)

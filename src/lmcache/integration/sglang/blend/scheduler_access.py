@@ -53,6 +53,11 @@ class SchedulerAccess:
         params = getattr(req.sampling_params, "custom_params", None)
         return params if isinstance(params, Mapping) else {}
 
+    def wants_whole_prompt(self, req: Any) -> bool:
+        """Whether it asks for log-probabilities of tokens of its prompt, for which each must be computed."""
+        start = getattr(req, "logprob_start_len", -1)
+        return bool(getattr(req, "return_logprob", False)) and 0 <= start < len(req.origin_input_ids) - 1
+
     def slots(self, req: Any, num_tokens: int) -> torch.Tensor:
         """int64 ``[num_tokens]`` on the CPU: where the KV of its first tokens is."""
         table = self._scheduler.req_to_token_pool.req_to_token
