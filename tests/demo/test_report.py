@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from demo.conversation import Answer
-from demo.report import Result
+from demo.report import SGLANG, Result
 
 COLD = Answer("How long?", "210 metres.", 2_445, 0, {}, 4.0)
 MEMORY = replace(COLD, reused_tokens=2_304, tokens_by_tier={"memory": 2_304}, seconds_to_first_token=0.4)
@@ -31,6 +31,14 @@ def test_other_text_is_a_problem(stage: str) -> None:
 def test_nothing_reused_is_a_problem(stage: str) -> None:
     (problem,) = replace(GOOD, **{stage: [COLD]}).problems()
     assert "nothing came from" in problem
+
+
+def test_sglang_does_not_tell_the_tiers_apart() -> None:
+    reused = replace(COLD, reused_tokens=2_304, tokens_by_tier={"storage": 2_304}, seconds_to_first_token=2.0)
+    own = replace(reused, tokens_by_tier={"SGLang's own cache": 2_304})
+    assert Result([COLD], [own], [reused], [reused], SGLANG).problems() == []
+    (problem,) = Result([COLD], [own], [reused], [own], SGLANG).problems()
+    assert "after the restart: nothing came from storage" in problem
 
 
 def test_the_wrong_tier_is_a_problem() -> None:

@@ -1,1 +1,1 @@
-"""Not vLLM: holds the one kernel that SGLang asks vLLM for on a machine without an accelerator."""
+"""Not vLLM: holds the one kernel that SGLang wants to import from vLLM on a machine without an accelerator."""

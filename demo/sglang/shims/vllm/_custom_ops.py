@@ -1,7 +1,8 @@
 """The rotary kernel that SGLang imports from vLLM where it knows no accelerator of its own.
 
-Its own CPU kernels (``SGLANG_USE_CPU_ENGINE=1``) are a package built apart, for Intel AMX. Without them its
-``RotaryEmbedding`` insists on a kernel of vLLM's, though it holds a PyTorch version too.
+Its own CPU kernels (``SGLANG_USE_CPU_ENGINE=1``) are a package built apart, for Intel AMX. Without them the constructor
+of its ``RotaryEmbedding`` fails where this cannot be imported. SGLang 0.5.23 then runs its own PyTorch version and
+never calls this one; it computes what vLLM's does, so that an SGLang that does call it is right.
 """
 
 from __future__ import annotations
