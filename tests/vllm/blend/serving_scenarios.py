@@ -172,7 +172,7 @@ FAULTS: dict[str, Any] = {
     "promise": (BlendScheduling, "promise"),
     "salt": (SaltedBlockHashes, "apply"),
     "policy": (SampledAttentionPolicy, "select"),
-    "source": (ChunkSource, "layer"),
+    "source": (ChunkSource, "copy_into"),
     "rope": (FusedRope, "fused_encode"),
     "corrector": (KrigingCorrector, "correct"),
     "host": (VLLMHost, "forward"),
