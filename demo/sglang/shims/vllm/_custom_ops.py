@@ -34,6 +34,7 @@ def rotary_embedding(
 def _rotate(rotary: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> None:
     half = cos.shape[-1]
     first, second = (rotary[..., :half], rotary[..., half:]) if is_neox else (rotary[..., 0::2], rotary[..., 1::2])
-    x, y = first.float(), second.float()
-    first.copy_(x * cos - y * sin)
-    second.copy_(y * cos + x * sin)
+    x, y = first.float(), second.float()  # of fp32 rows these are the rows themselves: compute both, then write
+    rotated = x * cos - y * sin, y * cos + x * sin
+    first.copy_(rotated[0])
+    second.copy_(rotated[1])
