@@ -15,6 +15,9 @@ SGLANG_LOCKS := requirements/sglang-cpu.txt requirements/dev.txt
 SGLANG_VENV := .cache/venv-sglang-$(shell cat $(SGLANG_LOCKS) | sha256sum | cut -c1-12)
 SGLANG_BIN := $(SGLANG_VENV)/bin
 SGLANG_SOURCES := .cache/sglang-sources
+# The shims let this SGLang be imported on a CPU. One test writes with vLLM what SGLang reads.
+FOR_SGLANG_TESTS = PYTHONPATH=$(abspath demo/sglang/shims) SGLANG_SOURCES=$(abspath $(SGLANG_SOURCES)) \
+	SGLANG_PYTHON=$(abspath $(SGLANG_BIN))/python VLLM_PYTHON=$(abspath $(BIN))/python
 MODEL := .cache/models/smollm2-bfloat16
 
 # One thread for each process: with more, vLLM and torch fight over a small machine's cores.
@@ -35,7 +38,9 @@ setup: $(VENV)/.package ## the environment with vLLM and the model, if they are 
 setup-sglang: $(SGLANG_VENV)/.package ## the environment with SGLang and the model, if they are not there yet
 	@$(MAKE) --no-print-directory $(MODEL)/config.json CONVERTER=$(SGLANG_BIN)/python
 
-test: test-fast test-vllm test-sglang ## all tests: the fast ones, then those on a real vLLM and a real SGLang
+test: test-fast ## all tests: the fast ones, then those on a real vLLM and a real SGLang, both at once
+	@echo "The tests on vLLM and on SGLang run side by side; each prints when it ends, after half an hour or so."
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-vllm test-sglang
 
 test-fast: setup ## the tests that need no engine
 	$(BIN)/python -m pytest -m "not vllm and not sglang"
@@ -43,10 +48,9 @@ test-fast: setup ## the tests that need no engine
 test-vllm: setup ## the tests on a real vLLM
 	$(BIN)/python -m pytest -m vllm
 
-test-sglang: setup-sglang ## the tests on a real SGLang
+test-sglang: setup setup-sglang ## the tests on a real SGLang
 	$(SGLANG_BIN)/python scripts/fetch_sglang_sources.py $(SGLANG_SOURCES)
-	PYTHONPATH=$(abspath demo/sglang/shims) SGLANG_PYTHON=$(abspath $(SGLANG_BIN))/python SGLANG_SOURCES=$(abspath $(SGLANG_SOURCES)) \
-		$(SGLANG_BIN)/python -m pytest -m sglang tests/sglang tests/demo
+	$(FOR_SGLANG_TESTS) $(SGLANG_BIN)/python -m pytest -m sglang tests/sglang tests/demo
 
 demo: setup ## a real vLLM server: a conversation cold, from memory, from disk; questions over documents with CacheBlend
 	$(BIN)/python -m demo --model $(MODEL)

@@ -66,7 +66,8 @@ def test_one_store(tmp_path: Path) -> None:
     for prompt, told, reuse, answer in zip(
         prompts[count:], second["tokens"], second["reuse"], answers[count:], strict=True
     ):
-        assert reuse["reused_tokens"] == whole_chunks(prompt), "SGLang wrote it"
+        # vLLM also takes a last chunk that ends with the prompt, all but its last token.
+        assert reuse["reused_tokens"] == min(len(prompt) // 16 * 16, len(prompt) - 1), "SGLang wrote it"
         assert told == answer.tokens
 
 

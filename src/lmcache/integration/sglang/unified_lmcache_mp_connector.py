@@ -120,7 +120,8 @@ class UnifiedLMCacheMPConnector:
                 return None
             hit = min_over_ranks(self._lookups.cut(lookup) // self._page_size * self._page_size, self._groups)
             params = self._custom_params(lookup.request_id)
-            promised = 0 if params.get(SKIP_LOAD) is True else self._poll_blend(lookup, hit)
+            loads = min_over_ranks(int(params.get(SKIP_LOAD) is not True), self._groups)
+            promised = self._poll_blend(lookup, hit) if loads else 0
             if promised is None:
                 return None
             lookup.hit_tokens = promised
