@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from statistics import mean
 
@@ -34,7 +35,12 @@ def agreement(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
     prompts, expected = library(MODEL)
     stop = AutoTokenizer.from_pretrained(MODEL).eos_token_id
-    config = {"chunk_size": whole_chunks(prompts), "blend_min_tokens": WINDOW, "blend_min_coverage": 0}
+    config = {
+        "chunk_size": whole_chunks(prompts),
+        "blend_min_tokens": WINDOW,
+        "blend_min_coverage": 0,
+        "log_level": "DEBUG",
+    }
     found: dict[str, list[float]] = {RIGHT: [], **{mistake: [] for mistake in MISTAKES}}
     with blend_server(Path(tmp_path_factory.mktemp("quality")), config) as server:
         for parts in prompts:
@@ -51,6 +57,9 @@ def agreement(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
                     with server.probed.failing(name):
                         answer = server.ask(parts.input_ids, blend, max_tokens=ANSWER_TOKENS)
                 assert answer.storage == len(parts.input_ids) - 1
+                # Every passage is reused whole, as in the library.
+                said = re.findall(r"CacheBlend of \S+ (\d+) tokens reused, 0 of them exact", server.probed.log())
+                assert int(said[-1]) == sum(map(len, parts.passage_ids))
                 found[name].append(token_agreement(reference, until(answer.tokens, stop)))
     return {"library": mean(expected), **{name: mean(each) for name, each in found.items()}}
 

@@ -1,7 +1,7 @@
 """Where the older versions of SGLang are, and how their code is run.
 
-Their wheels are downloaded once and unpacked, not installed: the radix caches are plain Python, and run in the
-environment of the newer SGLang.
+Their sources are unpacked (`scripts/fetch_sglang_sources.py`), not installed: the radix caches are plain Python, and
+run in the environment of the newer SGLang.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
-import zipfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +21,34 @@ VERSIONS = {"A": "0.5.12", "MP": "0.5.17", "IP": "0.5.17"}
 
 
 def python() -> str:
-    """A Python in which SGLang runs; ``SGLANG_PYTHON`` names another."""
-    path = os.environ.get("SGLANG_PYTHON", str(REPOSITORY / ".cache" / "sglang" / "bin" / "python"))
-    if not Path(path).exists():
-        pytest.skip(f"no SGLang environment at {path}; set SGLANG_PYTHON")
-    return path
+    """A Python in which SGLang runs."""
+    if "SGLANG_PYTHON" not in os.environ:
+        pytest.skip("SGLANG_PYTHON names no environment with SGLang; run `make test-sglang`")
+    return os.environ["SGLANG_PYTHON"]
 
 
-@lru_cache
 def source(version: str) -> Path:
-    """The unpacked wheel; ``SGLANG_SOURCES`` names another folder to keep them in."""
-    folder = Path(os.environ.get("SGLANG_SOURCES", REPOSITORY / ".cache" / "sglang-sources")) / version
+    """The unpacked sources of an older SGLang."""
+    folder = Path(os.environ.get("SGLANG_SOURCES", REPOSITORY / ".cache" / "sglang-sources"), version)
     if not (folder / "sglang" / "__init__.py").exists():
-        with tempfile.TemporaryDirectory() as wheels:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-            done = subprocess.run([*command, "--dest", wheels, f"sglang=={version}"], check=False)
-            if done.returncode:
-                pytest.skip(f"sglang {version} cannot be downloaded")
-            with zipfile.ZipFile(next(Path(wheels).glob("*.whl"))) as wheel:
-                wheel.extractall(folder, [name for name in wheel.namelist() if not name.endswith(".so")])
+        pytest.skip(f"no sources of SGLang {version} in {folder}; run `make test-sglang`")
     return folder
 
 
-def run(scenario: str, mode: str, *, environ: dict[str, str] | None = None, **arguments: Any) -> Any:
-    """What ``scenarios.<scenario>(mode, **arguments)`` gives in a fresh process with the SGLang of ``mode``."""
-    paths = [str(REPOSITORY / "src"), str(REPOSITORY), str(source(VERSIONS[mode]))]
+def run(
+    scenario: str,
+    mode: str,
+    *,
+    module: str = "tests.sglang.generation_ab.scenarios",
+    environ: dict[str, str] | None = None,
+    **arguments: Any,
+) -> Any:
+    """What ``module.<scenario>(mode, **arguments)`` gives in a fresh process with the SGLang of ``mode``: an older one,
+    or with "installed" that of the environment."""
+    older = [] if mode == "installed" else [str(source(VERSIONS[mode]))]
+    paths = [str(REPOSITORY / "src"), str(REPOSITORY), *older]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")}
-    command = [python(), "-W", "ignore", "-m", "tests.sglang.generation_ab.scenarios"]
+    command = [python(), "-W", "ignore", "-m", module]
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "result.json")
         process = subprocess.run(

@@ -14,9 +14,10 @@ pytest.importorskip("vllm", reason="the host imports vLLM")
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 from lmcache.blend.rope import FusedRope, RopeFrequencies
-from lmcache.integration.blend.model import UnsupportedModelError, attention_layers, check_served
+from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.blend.trial import ropes_in_use
 from lmcache.integration.vllm.blend.scoring import Scoring
+from lmcache.integration.vllm.blend.supported import attention_layers, check_served
 
 pytestmark = pytest.mark.vllm
 

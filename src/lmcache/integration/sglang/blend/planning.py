@@ -250,13 +250,14 @@ class BlendPlanning:
     def keep_tail(self, request_id: str, keys: Sequence[PrefixKey], cache_salt: str) -> None:
         """Keep the end of a computed prompt, which fills no chunk, as a passage that can be found."""
         seen = self._seen.get(request_id)
-        if seen is None or request_id in self._tails_kept or not len(seen.req.output_ids):
+        if seen is None or request_id in self._tails_kept or not self._access.has_computed_prompt(seen.req):
             return
         req = seen.req
         self._tails_kept.add(request_id)
         tokens, size = [int(token) for token in req.origin_input_ids], self._config.chunk_size
         first = len(tokens) // size * size
         if len(tokens) - first >= WINDOW and len(keys) == first // size:
+            self._access.wait_for_forwards()
             slots = self._access.slots(req, len(tokens))
             self._keep(tokens, [(first, len(tokens))], slots, cache_salt, keys[-1:], seen.seams)
 

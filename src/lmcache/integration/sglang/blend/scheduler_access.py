@@ -58,6 +58,15 @@ class SchedulerAccess:
         start = getattr(req, "logprob_start_len", -1)
         return bool(getattr(req, "return_logprob", False)) and 0 <= start < len(req.origin_input_ids) - 1
 
+    def has_computed_prompt(self, req: Any) -> bool:
+        """Whether the KV of all of its prompt is in its slots; on a device, once that is done with its forwards."""
+        return len(req.output_ids) > 0 or int(req.kv.kv_committed_len) >= len(req.origin_input_ids)
+
+    def wait_for_forwards(self) -> None:
+        stream = self.forward_stream
+        if hasattr(stream, "synchronize"):
+            stream.synchronize()
+
     def slots(self, req: Any, num_tokens: int) -> torch.Tensor:
         """int64 ``[num_tokens]`` on the CPU: where the KV of its first tokens is."""
         table = self._scheduler.req_to_token_pool.req_to_token
