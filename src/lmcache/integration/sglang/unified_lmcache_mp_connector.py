@@ -6,7 +6,7 @@ Its name is that of a client of a daemon. Here the cache lives in SGLang's own p
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -284,15 +284,19 @@ class UnifiedLMCacheMPConnector:
         tokens, blending = np.asarray(token_ids, dtype=np.int64), self._blending
         keys = self._engine.prefix_keys(tokens, paged=True, cache_salt=cache_salt)
 
+        make_tail_known: Callable[[], None] | None = None
+        if blending is not None:
+            try:
+                make_tail_known = blending.keep_tail(rid, keys, cache_salt)
+            except Exception as error:
+                report_failure(self.metrics, "blend_store", error)
+
         def kept() -> None:
             if blending is not None:
                 blending.remember(rid, tokens, keys, start)
+            if make_tail_known is not None:
+                make_tail_known()
 
-        if blending is not None:
-            try:
-                blending.keep_tail(rid, keys, cache_salt)
-            except Exception as error:
-                report_failure(self.metrics, "blend_store", error)
         # Last: SGLang must learn of a store under way, or gives its slots to others.
         return self._transfers.store(rid, tokens, slots, start, keys=keys, cache_salt=cache_salt, kept=kept)
 

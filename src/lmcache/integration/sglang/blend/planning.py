@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,11 +247,14 @@ class BlendPlanning:
                 chunks, seen.seams if seen is not None else (), before=keys[first - 1] if first else None
             )
 
-    def keep_tail(self, request_id: str, keys: Sequence[PrefixKey], cache_salt: str) -> None:
-        """Keep the end of a computed prompt, which fills no chunk, as a passage that can be found."""
+    def keep_tail(self, request_id: str, keys: Sequence[PrefixKey], cache_salt: str) -> Callable[[], None]:
+        """Keep the end of a computed prompt, which fills no chunk, as a passage.
+
+        What is returned lets it be found: to be called when the chunks before it are known, from which it goes on.
+        """
         seen = self._seen.get(request_id)
         if seen is None or request_id in self._tails_kept or not self._access.has_computed_prompt(seen.req):
-            return
+            return _nothing
         req = seen.req
         self._tails_kept.add(request_id)
         tokens, size = [int(token) for token in req.origin_input_ids], self._config.chunk_size
@@ -259,7 +262,8 @@ class BlendPlanning:
         if len(tokens) - first >= WINDOW and len(keys) == first // size:
             self._access.wait_for_forwards()
             slots = self._access.slots(req, len(tokens))
-            self._keep(tokens, [(first, len(tokens))], slots, cache_salt, keys[-1:], seen.seams)
+            return self._keep(tokens, [(first, len(tokens))], slots, cache_salt, keys[-1:], seen.seams)
+        return _nothing
 
     def forget(self, request_id: str) -> None:
         self._seen.pop(request_id, None)
@@ -267,7 +271,7 @@ class BlendPlanning:
 
     def _keep_holes(self, lookup: Lookup, prepared: PreparedBlend, slots: torch.Tensor, seams: list[int]) -> None:
         ranges = [run for run in prepared.holes(len(slots)) if run[1] - run[0] >= MIN_RUN_TOKENS]
-        self._keep(prepared.token_ids[: len(slots)], ranges, slots, lookup.cache_salt, (), seams)
+        self._keep(prepared.token_ids[: len(slots)], ranges, slots, lookup.cache_salt, (), seams)()
 
     def _keep(
         self,
@@ -277,10 +281,22 @@ class BlendPlanning:
         cache_salt: str,
         before: Sequence[PrefixKey],
         seams: Sequence[int] = (),
-    ) -> None:
+    ) -> Callable[[], None]:
         namespace = self._engine.namespace(cache_salt=cache_salt, paged=True)
+        runs: list[list[KnownChunk]] = []
         for first, last in ranges:
             chunks: list[Chunk] = placed_chunks(namespace, tokens, first, last, self._config.chunk_size)
             self._engine.store_chunks(chunks, slots)
-            known = [KnownChunk(c.key, np.asarray(tokens[c.start : c.end], dtype=np.uint32), c.start) for c in chunks]
-            self._known.add_prompt(known, seams, before=before[0] if before else None)
+            runs.append(
+                [KnownChunk(c.key, np.asarray(tokens[c.start : c.end], dtype=np.uint32), c.start) for c in chunks]
+            )
+
+        def make_known() -> None:
+            for run in runs:
+                self._known.add_prompt(run, seams, before=before[0] if before else None)
+
+        return make_known
+
+
+def _nothing() -> None:
+    pass
