@@ -120,6 +120,17 @@ def leaked_references() -> list[str]:
     return leaks + [repr(lease) for lease in shared.handed_over.values()]
 
 
+def free_blocks(engine: Any) -> tuple[int, int]:
+    """Pages that are free, and all that there are, once the last saves have given theirs back."""
+    for shared in shared_engines():
+        shared.saves.wait()
+    for _ in range(10):
+        engine.step()
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    return pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
+
+
 # Scenarios
 
 
@@ -260,10 +271,7 @@ def storm(connector: str | None, config: dict[str, Any], seed: int, count: int) 
         preempted += sum(bool(request.num_preemptions) for request in scheduler.requests.values())
         steps += 1
     leaks = leaked_references() if connector else []
-    for _ in range(50):  # the last saves give their blocks back
-        engine.step()
-    pool = scheduler.kv_cache_manager.block_pool
-    free, total = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
+    free, total = free_blocks(engine)
     shut_down(llm)
     return {
         "texts": texts,
@@ -412,10 +420,7 @@ def abort_while_loading(connector: str, directory: str) -> dict[str, Any]:
                     engine.step()
     after = generate(llm, [prompt])
     leaks = leaked_references()
-    for _ in range(50):
-        engine.step()
-    pool = scheduler.kv_cache_manager.block_pool
-    free, total = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
+    free, total = free_blocks(engine)
     shut_down(llm)
     return {"expected": expected, "after": after, "leaks": leaks, "free": free, "total": total}
 

@@ -20,7 +20,15 @@ from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
 from lmcache.integration.vllm.blend.host import VLLMHost
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling
 from lmcache.paging.paged_connector import PagedConnector
-from tests.vllm.scenarios import corrupt_memory, generate, leaked_references, shared_engines, shut_down, start_llm
+from tests.vllm.scenarios import (
+    corrupt_memory,
+    free_blocks,
+    generate,
+    leaked_references,
+    shared_engines,
+    shut_down,
+    start_llm,
+)
 
 CONFIG = {"enable_blending": True, "chunk_size": 64, "blend_min_tokens": 64}
 OPTIONS = {"block_size": 32, "max_model_len": 2048}
@@ -200,6 +208,7 @@ def faults() -> dict[str, Any]:
                 "failed": broken.failed,
                 "expected": expected["tokens"],
                 "tokens": answer["tokens"],
+                "reused": (answer["reuse"]["reused_tokens"], expected["reuse"]["reused_tokens"]),
                 "segments": len((answer["reuse"].get("blend") or {}).get("segments", [])),
                 "blends_again": bool((after["reuse"]["blend"] or {}).get("segments")),
             }
@@ -267,10 +276,7 @@ def storm(blending: bool, count: int) -> dict[str, Any]:
                     texts[output.request_id] = list(output.outputs[0].token_ids)
         preempted += sum(bool(request.num_preemptions) for request in scheduler.requests.values())
         steps += 1
-    for _ in range(50):  # the last saves give their blocks back
-        engine.step()
-    pool = scheduler.kv_cache_manager.block_pool
-    free, total = pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
+    free, total = free_blocks(engine)
     leaks = leaked_references() if blending else []
     shared = shared_engines()
     held = [*shared[0].prepared_blends, *shared[0].blend_reports] if blending else []

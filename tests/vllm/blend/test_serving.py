@@ -78,6 +78,9 @@ def test_a_blend_that_fails_anywhere_is_answered_from_full_prefill() -> None:
         assert answer["tokens"] == answer["expected"] or not answer["failed"] or "report" in name, name
         if answer["failed"]:
             assert answer["segments"] == 0, name
+            reused, by_a_plain_one = answer["reused"]
+            if "report" not in name:  # there the blend itself is done
+                assert reused <= by_a_plain_one, f"{name}: what was promised and not given is counted"
         assert answer["blends_again"], name
     assert found["leaks"] == []
     assert found["reports"] == 0

@@ -51,7 +51,7 @@ def load_config(config_file: str | None, rank: RankOf) -> LMCacheEngineConfig:
         ValueError: the configuration is wrong; the message names the key, the value and where it came from.
     """
     environ = dict(os.environ)
-    if config_file is not None:
+    if config_file:
         environ["LMCACHE_CONFIG_FILE"] = config_file
     config = LMCacheEngineConfig.load(environ=environ)
     if rank.alone or config.local_disk is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ class RequestTracker:
 
     ``local_tokens`` lie in vLLM's own prefix cache, ``external_tokens`` behind them come from ours. ``leased_for`` is
     the token count that ``lease`` was taken for: after a preemption the request has more, and is looked up again.
+    ``reused_tokens`` and ``tiers`` count the exact prefix, ``passage_tokens`` and ``passage_tiers`` what the
+    blend behind it was promised.
     """
 
     request: Request
@@ -41,6 +44,8 @@ class RequestTracker:
     tiers: dict[str, int] = field(default_factory=dict)
     blend: RequestBlend | None = None
     blend_report: dict[str, Any] | None = None
+    passage_tokens: int = 0
+    passage_tiers: dict[str, int] = field(default_factory=dict)
     segments_saved: bool = False
 
     @classmethod
@@ -84,16 +89,17 @@ class RequestTracker:
 
     def summary(self) -> dict[str, Any]:
         """What the client is told in ``kv_transfer_params`` of the response."""
-        tiers = [name for name, tokens in self.tiers.items() if tokens]
         blend = self.blend_report
+        kept = blend is None or blend["fallback"] is None
+        tiers = dict(Counter(self.tiers) + Counter(self.passage_tiers if kept else {}))
         if blend is None and self.blend is not None and self.blend.fallback is not None:
             blend = {"fallback": self.blend.fallback}
         return {
             "lmcache": {
                 "prompt_tokens": self.request.num_prompt_tokens,
-                "reused_tokens": self.reused_tokens,
+                "reused_tokens": self.reused_tokens + (self.passage_tokens if kept else 0),
                 "tier": "+".join(tiers) or None,
-                "tokens_by_tier": {name: self.tiers[name] for name in tiers},
+                "tokens_by_tier": tiers,
                 "blend": blend,
             }
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +156,7 @@ class SchedulerSide:
         if req_id in self._shared.failed_loads:
             self._shared.failed_loads.discard(req_id)
             tracker.reused_tokens, tracker.tiers = 0, {}
+            tracker.passage_tokens, tracker.passage_tiers = 0, {}
         return tracker.summary()
 
     @never_raise(lambda: False)
@@ -254,6 +254,7 @@ class SchedulerSide:
         assert blend is not None
         prepared = blend.take()
         tracker.tiers, tracker.reused_tokens = {}, 0
+        tracker.passage_tokens, tracker.passage_tiers = 0, {}
         if tracker.lease is not None and tracker.lease.num_tokens > tracker.local_tokens:
             meta.loads.append(self._hand_over(tracker))
         else:
@@ -262,5 +263,5 @@ class SchedulerSide:
         self._shared.prepared_blends[request.request_id] = prepared
         meta.blends.append(BlendOp(request.request_id, prepared.exact_tokens, list(tracker.block_ids)))
         if request.num_preemptions == 0:
-            tracker.reused_tokens += prepared.reused_tokens
-            tracker.tiers = dict(Counter(tracker.tiers) + Counter(prepared.tokens_by_tier()))
+            tracker.passage_tokens = prepared.reused_tokens
+            tracker.passage_tiers = prepared.tokens_by_tier()
