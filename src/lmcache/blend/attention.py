@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,14 @@ class QueryTile:
     key_end: int
 
 
+class Scoring(NamedTuple):
+    """How a layer turns q·k into weights; see :class:`lmcache.blend.host.Attend`."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
 class QueryMask:
     """Which keys of a prompt its queries see, cut into tiles.
 
@@ -43,22 +53,37 @@ class QueryMask:
     def __init__(
         self, positions: torch.Tensor, sliding_window: int | None = None, known: torch.Tensor | None = None
     ) -> None:
-        self._positions = positions
-        self._window = sliding_window
-        self._known = known
+        self.positions = positions
+        self.sliding_window = sliding_window
+        self.known = known
         self._kept: dict[QueryTile, torch.Tensor] = {}
-        at = self._at = positions.tolist()
-        self.tiles = []
+
+    @cached_property
+    def _at(self) -> list[int]:
+        at: list[int] = self.positions.tolist()
+        return at
+
+    @cached_property
+    def tiles(self) -> list[QueryTile]:
+        at, tiles = self._at, []
         for start in range(0, len(at), _TILE):
             end = min(start + _TILE, len(at))
-            first = 0 if sliding_window is None else max(0, at[start] - sliding_window + 1)
-            self.tiles.append(QueryTile(start, end, first, at[end - 1] + 1))
+            first = 0 if self.sliding_window is None else max(0, at[start] - self.sliding_window + 1)
+            tiles.append(QueryTile(start, end, first, at[end - 1] + 1))
+        return tiles
+
+    @cached_property
+    def _keep(self) -> bool:
         elements = sum((tile.end - tile.start) * (tile.key_end - tile.key_start) for tile in self.tiles)
-        self._keep = elements <= _MAX_KEPT_MASK
+        return elements <= _MAX_KEPT_MASK
+
+    @cached_property
+    def positions_int32(self) -> torch.Tensor:
+        return self.positions.to(torch.int32)
 
     def partly_hidden(self, tile: QueryTile) -> slice:
         """Keys of a tile, counted from its first, beyond which on either side every query sees every key."""
-        if self._window is not None or self._known is not None:
+        if self.sliding_window is not None or self.known is not None:
             return slice(0, tile.key_end - tile.key_start)
         return slice(self._at[tile.start] + 1 - tile.key_start, tile.key_end - tile.key_start)
 
@@ -66,13 +91,13 @@ class QueryMask:
         """``[queries, keys]`` of a tile: 0 where seen, −inf where not."""
         bias = self._kept.get(tile)
         if bias is None:
-            queries = self._positions[tile.start : tile.end, None]
+            queries = self.positions[tile.start : tile.end, None]
             keys = torch.arange(tile.key_start, tile.key_end, device=queries.device)
             hidden = keys > queries
-            if self._window is not None:
-                hidden |= keys <= queries - self._window
-            if self._known is not None:
-                hidden |= ~self._known[tile.key_start : tile.key_end]
+            if self.sliding_window is not None:
+                hidden |= keys <= queries - self.sliding_window
+            if self.known is not None:
+                hidden |= ~self.known[tile.key_start : tile.key_end]
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
             if self._keep:
                 self._kept[tile] = bias

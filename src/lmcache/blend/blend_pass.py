@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from lmcache.blend.rope import FusedRope
 from lmcache.blend.selection import DeviationTensor, HeadReduction, SelectionContext
 
 Output = TypeVar("Output")
+
+MakeKV: TypeAlias = "Callable[[BlendBatch, Sequence[FusedRope | None], Corrector], BatchKV]"
 
 # New rows that the scoring forward computes, a prompt: enough for any question, and for the start of the prompt, which
 # draws much attention whatever it holds. More would cost more than what the scores are good for.
@@ -62,6 +64,7 @@ def blend(
     on_layer: OnLayer | None = None,
     kv_only: bool = False,
     room: LayerRoom | None = None,
+    make_kv: MakeKV | None = None,
 ) -> BlendResult[Output]:
     """Blend a batch of prompts in one pass.
 
@@ -78,6 +81,7 @@ def blend(
         kv_only: stop once the KV of the last layer is in place; there is no ``output`` then.
         room: where the layers lie meanwhile; what it gave for an earlier blend is overwritten. None: memory of their
             own.
+        make_kv: how the layers are held, in place of memory of their own; ``room`` is not used then.
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows}: a forward has at least one row")
@@ -88,9 +92,13 @@ def blend(
     while True:
         try:
             batch = BlendBatch(attempt)
-            if room is not None:
-                room.clear()
-            attempted = _Blend(host, batch, ropes, policy, corrector, seed, max_rows, room)
+            if make_kv is not None:
+                kv = make_kv(batch, ropes, corrector)
+            else:
+                if room is not None:
+                    room.clear()
+                kv = BatchKV(batch, ropes, corrector, room)
+            attempted = _Blend(host, kv, policy, seed, max_rows)
             return attempted.run(tuple(fallbacks), on_layer, kv_only)
         except PromptLoadError as error:  # noqa: PERF203 - at most once a prompt
             failed = attempt[error.prompt]
@@ -105,17 +113,14 @@ class _Blend(Generic[Output]):
     def __init__(
         self,
         host: BlendHost[Output],
-        batch: BlendBatch,
-        ropes: Sequence[FusedRope | None],
+        kv: BatchKV,
         policy: SelectionPolicy,
-        corrector: Corrector,
         seed: int,
         max_rows: int | None,
-        room: LayerRoom | None,
     ) -> None:
         self._host = host
-        self._batch = batch
-        self._kv = BatchKV(batch, ropes, corrector, room)
+        self._batch = kv.batch
+        self._kv = kv
         self._policy = policy
         self._seed = seed
         self._max_rows = max_rows

@@ -9,6 +9,7 @@ import torch
 
 from lmcache.blend.kv_source import KVLoadError
 from lmcache.memory.memory_obj import MemoryObj
+from lmcache.metadata import TOKEN_MAJOR
 from lmcache.paging.paged_connector import PagedConnector
 
 
@@ -28,6 +29,7 @@ class ChunkSource:
 
     def __init__(self, connector: PagedConnector, parts: Sequence[ChunkPart], length: int) -> None:
         self._parts = [(connector.chunk_views(obj), offset, num_tokens) for obj, offset, num_tokens in parts]
+        self._chunks = parts
         self._device = connector.tensors[0].device
         self._under_way: dict[int, _Arriving] = {}
         self.num_tokens = sum(part.num_tokens for part in parts)
@@ -62,6 +64,13 @@ class ChunkSource:
                 written += count
                 at += count
         return True
+
+    def dense_chunks(self) -> Sequence[tuple[torch.Tensor, int, int]] | None:
+        """Each part's chunk ``[layers, 2, tokens, heads, dim]``, its first token and their number; None where chunks
+        do not lie so."""
+        if any(part.obj.spec.layout != TOKEN_MAJOR or part.obj.tensor.shape[1] != 2 for part in self._chunks):
+            return None
+        return [(part.obj.tensor, part.offset, part.num_tokens) for part in self._chunks]
 
     def _fits(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
         planes = self._parts[0][0]

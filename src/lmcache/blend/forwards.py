@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 
-from lmcache.blend.attention import QueryMask, attention_received, sparse_attention
+from lmcache.blend.attention import QueryMask, Scoring
 from lmcache.blend.batch import BlendBatch
 from lmcache.blend.correctors.interface import Memo
 from lmcache.blend.host import BlendHost, StopForward
@@ -31,14 +31,6 @@ class Part(NamedTuple):
 
     queries: slice
     keys: slice
-
-
-class Scoring(NamedTuple):
-    """How a layer turns q·k into weights; see :class:`lmcache.blend.host.Attend`."""
-
-    scale: float
-    softcap: float | None
-    sinks: torch.Tensor | None
 
 
 class Fresh(NamedTuple):
@@ -143,11 +135,14 @@ class BlendForward(ABC):
         layer = self.kv.layer(layer_id, k, v)
         scoring = Scoring(scale, softcap, sinks)
         self.take(piece, layer, Fresh(q, k, v, scoring, sliding_window))
+        if len(piece.parts) == 1:
+            (part,), (mask,) = piece.parts, piece.masks(sliding_window, q.device)
+            out = layer.attention(q, part.keys, mask, scoring)
+            self.leave(piece, layer)
+            return out
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         for part, mask in zip(piece.parts, piece.masks(sliding_window, q.device), strict=True):
-            out[part.queries] = sparse_attention(
-                q[part.queries], layer.keys[part.keys], layer.values[part.keys], mask, **scoring._asdict()
-            )
+            out[part.queries] = layer.attention(q[part.queries], part.keys, mask, scoring)
         self.leave(piece, layer)
         return out
 
@@ -221,6 +216,7 @@ class MeasureDeviation(Recompute):
         for start, end in self.batch.prompts:
             rows = computed[(computed >= start) & (computed < end)]
             rows = rows[self.batch.reusable[rows]]
+            layer.read_change()
             changes = [layer.change[name][rows] for name in self._tensor]
             if len(changes) > 1:
                 # K and V differ in size: together, each counts in units of its own mean.
@@ -252,7 +248,7 @@ class ScoreAttention(BlendForward):
         self._last_layer = max(layers)
         self._heads = heads
         self._query_masks: dict[tuple[Piece, int | None], list[QueryMask]] = {}
-        self.received = torch.zeros(batch.num_rows)
+        self._received: torch.Tensor | None = None
 
     def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
         layer.write(piece.rows, fresh.k, fresh.v)
@@ -267,13 +263,20 @@ class ScoreAttention(BlendForward):
                 piece.mask(part, asking, window, fresh.q.device) for part, asking in asking_parts
             ]
         for (part, asking), mask in zip(asking_parts, self._query_masks[piece, window], strict=True):
-            by_head = attention_received(fresh.q[asking], layer.keys[part.keys], mask, **fresh.scoring._asdict())
+            by_head = layer.attention_received(fresh.q[asking], part.keys, mask, fresh.scoring)
             score = by_head.mean(0) if self._heads == "mean" else by_head.amax(0)
+            if self._received is None:
+                self._received = torch.zeros(self.batch.num_rows, device=score.device)
             # Where pieces cut the end of a prompt, each asks for its share.
             share = (asking.stop - asking.start) / self._num_asking(part)
-            self.received[part.keys] += share * score.cpu() / len(self._layers)
+            self._received[part.keys] += share / len(self._layers) * score
         if layer.layer_id == self._last_layer:
             raise StopForward
+
+    @property
+    def received(self) -> torch.Tensor:
+        """On the CPU: the one time that an accelerator is waited for."""
+        return torch.zeros(self.batch.num_rows) if self._received is None else self._received.cpu()
 
     def _asking(self, piece: Piece, part: Part) -> slice:
         first = int(torch.searchsorted(piece.rows, part.keys.stop - self._span))

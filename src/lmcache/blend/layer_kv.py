@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from lmcache.blend.attention import QueryMask, Scoring, attention_received, sparse_attention
 from lmcache.blend.batch import BlendBatch, PlacedSpan
 from lmcache.blend.correctors.interface import Corrector, LayerCorrection, Memo
 from lmcache.blend.kv_source import KVLoadError
@@ -46,12 +47,23 @@ class LayerKV:
             change = (fresh[taken].float() - moved[at].float()).square().flatten(1).sum(1)
             self.change[name][rows[first]] = change.cpu()
 
+    def read_change(self) -> None:
+        """Have what was measured in ``change``: it is."""
+
     def write(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Fresh ``k``, ``v`` of ``rows`` take the place of what was there."""
         at = rows.to(self.keys.device)
         self.keys.index_copy_(0, at, k)
         self.values.index_copy_(0, at, v)
         self.fresh[rows] = True
+
+    def attention(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
+        """Of ``q`` over the rows ``keys``, those of one prompt: :func:`lmcache.blend.attention.sparse_attention`."""
+        return sparse_attention(q, self.keys[keys], self.values[keys], mask, **scoring._asdict())
+
+    def attention_received(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
+        """:func:`lmcache.blend.attention.attention_received` of the rows ``keys``."""
+        return attention_received(q, self.keys[keys], mask, **scoring._asdict())
 
 
 class BatchKV:
@@ -61,9 +73,9 @@ class BatchKV:
         self, batch: BlendBatch, ropes: Sequence[FusedRope | None], corrector: Corrector, room: LayerRoom | None = None
     ) -> None:
         """``room``: cleared, and used by nobody else; None: one of its own."""
-        self._batch = batch
+        self.batch = batch
         self.ropes = ropes
-        self._corrector = corrector
+        self.corrector = corrector
         self._layers: dict[int, LayerKV] = {}
         self._room = room or LayerRoom()
         self._holes = torch.nonzero(~(batch.reusable | batch.exact))[:, 0]
@@ -78,22 +90,26 @@ class BatchKV:
         held = self._layers.get(layer_id)
         if held is None:
             start = time.perf_counter()
-            num_rows = self._batch.num_rows
-            held = LayerKV(layer_id, self._room.take(num_rows, k), self._room.take(num_rows, v))
-            # What is masked out has weight 0, and 0 times what happens to lie in fresh memory may be NaN.
-            held.values.index_fill_(0, self._holes.to(v.device), 0)
-            held.keys.index_fill_(0, self._holes.to(k.device), 0)
-            for placed in self._batch.placed:
-                self._place(held, placed)
-            self._layers[layer_id] = held
-            self._prefetch(layer_id + 1)
+            held = self._layers[layer_id] = self.load(layer_id, k, v)
             self.seconds["load"] += time.perf_counter() - start
+        return held
+
+    def load(self, layer_id: int, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
+        """The layer as it comes from its sources, moved."""
+        num_rows = self.batch.num_rows
+        held = LayerKV(layer_id, self._room.take(num_rows, k), self._room.take(num_rows, v))
+        # What is masked out has weight 0, and 0 times what happens to lie in fresh memory may be NaN.
+        held.values.index_fill_(0, self._holes.to(v.device), 0)
+        held.keys.index_fill_(0, self._holes.to(k.device), 0)
+        for placed in self.batch.placed:
+            self._place(held, placed)
+        self._prefetch(layer_id + 1)
         return held
 
     def _prefetch(self, layer_id: int) -> None:
         """Let sources bring the next layer while this one is used."""
         if layer_id < len(self.ropes):
-            for placed in self._batch.placed:
+            for placed in self.batch.placed:
                 prefetch = getattr(placed.source, "prefetch", None)
                 if prefetch is not None:
                     prefetch(layer_id)
@@ -103,13 +119,13 @@ class BatchKV:
         span, (start, end) = placed.span, placed.rows
         rope = self.ropes[layer.layer_id]
         if rope is not None and not span.exact:
-            new = self._batch.positions[start:end]
+            new = self.batch.positions[start:end]
             rope.fused_encode(
                 new + (span.old_start - span.start),
                 new,
                 layer.keys[start:end],
                 old_length=placed.source.length,
-                new_length=self._batch.plans[placed.prompt].num_tokens,
+                new_length=self.batch.plans[placed.prompt].num_tokens,
             )
 
     def _copy(self, layer: LayerKV, placed: PlacedSpan) -> None:
@@ -152,14 +168,26 @@ class BatchKV:
         if first >= end:
             return
         layer.corrected_to = end
-        kept = self._batch.reusable[first:end].clone()
+        kept = self.batch.reusable[first:end].clone()
         kept[rows[(rows >= first) & (rows < end)] - first] = False
         if not bool(kept.any()):
             return
         start = time.perf_counter()
-        spans = [(max(begin, first), min(stop, end)) for begin, stop in self._batch.moved_spans]
+        spans = [(max(begin, first), min(stop, end)) for begin, stop in self.batch.moved_spans]
+        self.correct_spans(layer, rows, k, v, tuple((begin, stop) for begin, stop in spans if begin < stop), memo)
+        self.seconds["correct"] += time.perf_counter() - start
+
+    def correct_spans(
+        self,
+        layer: LayerKV,
+        rows: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: tuple[tuple[int, int], ...],
+        memo: Memo,
+    ) -> None:
         device = layer.keys.device
-        self._corrector.correct(
+        self.corrector.correct(
             LayerCorrection(
                 layer_id=layer.layer_id,
                 keys=layer.keys,
@@ -167,13 +195,12 @@ class BatchKV:
                 rows=rows.to(device),
                 fresh_keys=k,
                 fresh_values=v,
-                spans=tuple((begin, stop) for begin, stop in spans if begin < stop),
-                positions=self._batch.positions.to(device),
+                spans=spans,
+                positions=self.batch.positions.to(device),
                 rope=self.ropes[layer.layer_id],
                 memo=memo,
             )
         )
-        self.seconds["correct"] += time.perf_counter() - start
 
     def let_go(self, layer: LayerKV) -> None:
         """Its content is kept elsewhere now; what was counted stays."""
@@ -190,8 +217,8 @@ class BatchKV:
     def charged_budgets(self, num_layers: int) -> tuple[float, ...]:
         """One a prompt: the share of (reused token, layer) pairs whose QKV was computed afresh."""
         charged = []
-        for start, end in self._batch.prompts:
-            reusable = self._batch.reusable[start:end]
+        for start, end in self.batch.prompts:
+            reusable = self.batch.reusable[start:end]
             computed = sum(int((layer.fresh[start:end] & reusable).sum()) for layer in self._layers.values())
             charged.append(computed / max(1, num_layers * int(reusable.sum())))
         return tuple(charged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,10 +17,12 @@ from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.host import BlendHost
 from lmcache.blend.kv_source import KVSource
 from lmcache.blend.layer_room import LayerRoom
+from lmcache.blend.paged_layers import PagedBatchKV
 from lmcache.blend.passage_lease import HeldPassage
 from lmcache.blend.plan import BlendPlan, ReusedSpan
 from lmcache.blend.policies.interface import SelectionPolicy
 from lmcache.blend.rope import FusedRope
+from lmcache.blend.staged_layers import StagingRing
 from lmcache.paging.paged_connector import PagedConnector
 
 Output = TypeVar("Output")
@@ -64,13 +67,31 @@ def blend_pages(
     max_rows: int | None = None,
     seed: int = 0,
     room: LayerRoom | None = None,
+    ring: StagingRing | None = None,
 ) -> BlendResult[Output]:
     """Blend ``prompts`` in one pass and write the KV of all but their exact tokens into the pages, layer by layer.
 
     When it raises, what the pages hold behind the exact tokens of these prompts is undefined. ``seconds`` of the
     result has "write" besides the phases of :func:`lmcache.blend.blend_pass.blend`.
+
+    With ``ring``, and a slot for every token, kernels blend in the pages themselves (see
+    :func:`lmcache.blend.paged_layers.can_blend_in_pages`); otherwise in memory that ``room`` gives.
     """
     planned = [prompt.planned(connector) for prompt in prompts]
+    every_slot = torch.cat([prompt.slots for prompt in prompts])
+    if ring is not None and len(every_slot) == sum(prompt.num_tokens for prompt in prompts):
+        exact = torch.cat([torch.arange(prompt.num_tokens) < prompt.exact_tokens for prompt in prompts])
+        return blend(
+            host,
+            planned,
+            ropes,
+            policy,
+            corrector,
+            seed=seed,
+            max_rows=max_rows,
+            kv_only=True,
+            make_kv=partial(PagedBatchKV, connector=connector, slots=every_slot, exact=exact, ring=ring),
+        )
     written, slots = _rows_to_write(prompts)
     index = connector.token_index(slots)
     rows: torch.Tensor | slice = written.to(connector.tensors[0].device)

@@ -161,16 +161,21 @@ class FusedRope:
         """
         keys = self._rotary_part(k)
         old, new = _checked_positions(old_positions, len(k)), _checked_positions(new_positions, len(k))
+        angles, gain = self.turn(old, new, old_length, new_length)
+        if gain == 1.0 and angles.device.type == "cpu" and not angles.any():
+            return k
+        self._turn(keys, angles, gain)
+        return k
+
+    def turn(
+        self, old: torch.Tensor, new: torch.Tensor, old_length: int | None = None, new_length: int | None = None
+    ) -> tuple[torch.Tensor, float]:
+        """What :meth:`fused_encode` turns by: angles, float64 ``[T, rotary_dim / 2]`` (``[1, …]`` where all tokens move
+        by one distance), and the factor on cos and sin. Positions are int64 ``[T]``."""
         source, target = self.frequencies(old_length), self.frequencies(new_length)
         if source is target:
-            distance = _one_if_equal(new - old)
-            if distance.device.type == "cpu" and not distance.any():
-                return k
-            angles = _angles(distance, source)
-        else:
-            angles = _angles(new, target) - _angles(old, source)
-        self._turn(keys, angles, target.attention_scaling / source.attention_scaling)
-        return k
+            return _angles(_one_if_equal(new - old), source), 1.0
+        return _angles(new, target) - _angles(old, source), target.attention_scaling / source.attention_scaling
 
     @torch.inference_mode()
     def encode(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 
@@ -35,6 +35,29 @@ class LayerCorrection:
     memo: Memo = field(default_factory=dict)
 
 
+class RowAccess(Protocol):
+    """K and V of a layer, wherever its rows lie. ``rows`` are int32 ``[n]`` on the device; −1 stands for none."""
+
+    def read(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies, ``[n, kv_heads, dim]`` each; zero for none."""
+
+    def add(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add to some rows, each at most once: in float32, rounded once."""
+
+
+@dataclass(frozen=True)
+class RowCorrection:
+    """As :class:`LayerCorrection`, of KV that is read and changed by rows. ``rows`` are on the CPU."""
+
+    layer_id: int
+    kv: RowAccess
+    rows: torch.Tensor
+    fresh_keys: torch.Tensor
+    fresh_values: torch.Tensor
+    spans: tuple[tuple[int, int], ...]
+    memo: Memo
+
+
 class Corrector(ABC):
     """Called once a layer, after the fresh K and V are known and before they overwrite the moved ones. Stateless."""
 
@@ -47,3 +70,11 @@ class Corrector(ABC):
         What is written to rows that were computed afresh does not matter: these are overwritten next. A span without a
         fresh row stays as it is.
         """
+
+
+class BatchedCorrector(Corrector):
+    """A corrector that can treat all passages of a layer together, as an accelerator wants it."""
+
+    @abstractmethod
+    def correct_rows(self, layer: RowCorrection) -> None:
+        """What :meth:`correct` does, up to rounding."""

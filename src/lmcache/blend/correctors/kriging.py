@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lmcache.blend.correctors.interface import Corrector, LayerCorrection
+from lmcache.blend.correctors.interface import BatchedCorrector, LayerCorrection, RowCorrection
+from lmcache.blend.correctors.kriging_rows import Covariance, correct_pieces
 from lmcache.blend.correctors.sampled_span import SampledSpan, sampled_spans
 from lmcache.blend.cpu_linear import linear
 
@@ -12,7 +13,7 @@ from lmcache.blend.cpu_linear import linear
 _LONGEST = 1024
 
 
-class KrigingCorrector(Corrector):
+class KrigingCorrector(BatchedCorrector):
     """Predicts the change of each token that is not recomputed from those that are (kriging; Rasmussen and Williams,
     "Gaussian Processes for Machine Learning", 2006, eq. 2.25).
 
@@ -60,6 +61,10 @@ class KrigingCorrector(Corrector):
     def correct(self, layer: LayerCorrection) -> None:
         for span in sampled_spans(layer, _LONGEST):
             self._correct(span)
+
+    def correct_rows(self, layer: RowCorrection) -> None:
+        covariance = Covariance(self._passage, self._local, self._width, self._alike, self._reach, self._noise)
+        correct_pieces(layer, covariance, _LONGEST)
 
     def _correct(self, span: SampledSpan) -> None:
         covariance = self._covariance(span)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from lmcache.blend.correctors.interface import Corrector, LayerCorrection
+from lmcache.blend.correctors.interface import BatchedCorrector, LayerCorrection, RowCorrection
 
 
-class NoneCorrector(Corrector):
+class NoneCorrector(BatchedCorrector):
     name = "none"
 
     def correct(self, layer: LayerCorrection) -> None:
+        pass
+
+    def correct_rows(self, layer: RowCorrection) -> None:
         pass

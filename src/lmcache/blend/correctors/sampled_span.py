@@ -81,7 +81,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(layer: LayerCorrection, longest: int | None) -> Iterator[_Piece]:
-    bounds = [piece for span in layer.spans for piece in _cut(*span, longest)]
+    bounds = [piece for span in layer.spans for piece in cut_span(*span, longest)]
     edges = torch.searchsorted(layer.rows, torch.tensor(bounds, device=layer.rows.device).reshape(-1, 2))
     for (start, end), (first, last) in zip(bounds, edges.tolist(), strict=True):
         if first < last:
@@ -89,7 +89,8 @@ def _pieces(layer: LayerCorrection, longest: int | None) -> Iterator[_Piece]:
             yield _Piece(start, end, slice(first, last), fresh, {})
 
 
-def _cut(start: int, end: int, longest: int | None) -> Iterator[tuple[int, int]]:
+def cut_span(start: int, end: int, longest: int | None) -> Iterator[tuple[int, int]]:
+    """Into equal pieces of at most ``longest`` rows, as half-open ranges."""
     pieces = 1 if longest is None else -(-(end - start) // longest)
     edges = [start + (end - start) * piece // pieces for piece in range(pieces + 1)]
     yield from pairwise(edges)

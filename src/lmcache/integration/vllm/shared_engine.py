@@ -12,6 +12,7 @@ from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.vllm.background_loads import BackgroundLoads
 from lmcache.integration.vllm.blend.blender import Blender
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling, PreparedBlend
+from lmcache.integration.vllm.deferred_release import DeferredReleases
 from lmcache.integration.vllm.model_identity import engine_metadata
 from lmcache.integration.vllm.pending_saves import PendingSaves
 from lmcache.lease import PrefixLease
@@ -45,6 +46,7 @@ class SharedEngine:
     manager: LMCacheManager
     saves: PendingSaves = field(default_factory=PendingSaves)
     loads: BackgroundLoads = field(default_factory=BackgroundLoads)
+    releases: DeferredReleases = field(default_factory=DeferredReleases)
     handed_over: dict[str, PrefixLease] = field(default_factory=dict)
     failed_loads: set[str] = field(default_factory=set)
     blender: Blender | None = None
@@ -107,6 +109,7 @@ class SharedEngine:
     def close(self) -> None:
         self.loads.close()
         self.saves.close()
+        self.releases.close()
         for lease in self.handed_over.values():
             lease.release()
         self.handed_over.clear()

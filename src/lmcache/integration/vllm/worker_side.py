@@ -23,6 +23,7 @@ from lmcache.integration.vllm.connector_metadata import (
     SegmentRun,
     SegmentSaveOp,
 )
+from lmcache.integration.vllm.deferred_release import Releasable
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
 from lmcache.integration.vllm.prometheus import LMCacheStats
 from lmcache.integration.vllm.shared_engine import SharedEngine
@@ -126,7 +127,7 @@ class WorkerSide:
         if meta is not self._meta:
             self.bind_connector_metadata(meta)
         for load in meta.asynchronous_loads:
-            self._shared.loads.submit(load.req_id, partial(self._load, load))
+            self._shared.loads.submit(load.req_id, partial(self._load, load, asynchronous=True))
         for load in meta.loads:
             # A blend stands on the whole prefix, which may be what another request loads.
             layerwise = self._shared.config.use_layerwise and not meta.blends
@@ -176,7 +177,8 @@ class WorkerSide:
         stats, self._counted = LMCacheStats.since(self._counted, self.metrics)
         return None if stats.is_empty() else stats
 
-    def _load(self, op: LoadOp, *, layerwise: bool = False) -> None:
+    def _load(self, op: LoadOp, *, layerwise: bool = False, asynchronous: bool = False) -> None:
+        """Fill the pages of ``op``: queue it on the device, or, ``asynchronous``, see it done."""
         lease = self._shared.handed_over.pop(op.req_id, None)
         try:
             if lease is None:
@@ -190,15 +192,23 @@ class WorkerSide:
                 steps = self._engine.retrieve_layer(tokens, wanted, slot_mapping=slots, lease=lease)
                 self._layerwise.start(op, lease, steps)
                 return
-            with lease:
-                found = int(self._engine.retrieve(tokens, wanted, slot_mapping=slots, lease=lease).sum())
-                self._queued_work()()  # host memory may be reused once the lease is gone
+            found = int(self._engine.retrieve(tokens, wanted, slot_mapping=slots, lease=lease).sum())
             if found < end - op.start:
                 raise RuntimeError(f"{found} of {end - op.start} promised tokens could be loaded")
+            if asynchronous:
+                self._queued_work()()
+            self._release(lease)
         except Exception as error:
             if lease is not None:
-                lease.release()
+                self._release(lease)
             self._load_failed(op, error)
+
+    def _release(self, lease: Releasable) -> None:
+        """Give ``lease`` back when what is queued on the device now is done: until then it may be read."""
+        if self._device.type == "cuda":
+            self._shared.releases.after(self._queued_work(), lease)
+        else:
+            lease.release()
 
     def _blend(self, ops: list[BlendOp]) -> None:
         """Fill the pages of ``ops``; one that fails is computed by vLLM, as after a load that failed."""
@@ -214,12 +224,11 @@ class WorkerSide:
             blender = self._shared.blender
             assert blender is not None
             done = blender.run(requests) if requests else {}
-            self._queued_work()()  # host memory may be reused once the leases are gone
         except Exception as error:
             done = {op.req_id: error for op in ops}
         finally:
             for blend in prepared.values():
-                blend.lease.release()
+                self._release(blend.lease)
         for op in ops:
             outcome = done.get(op.req_id)
             if isinstance(outcome, BlendReport):

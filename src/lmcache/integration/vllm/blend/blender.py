@@ -12,8 +12,10 @@ import torch
 
 from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.paged_blend import PagedPrompt, blend_pages
-from lmcache.blend.plan import BlendPlan, Reason
+from lmcache.blend.paged_layers import can_blend_in_pages
+from lmcache.blend.plan import BlendPlan
 from lmcache.blend.rope import FusedRope
+from lmcache.blend.staged_layers import StagingRing
 from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.blend.ropes import find_ropes
 from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
@@ -45,7 +47,7 @@ class BlendReport:
     @property
     def recomputed(self) -> list[list[int]]:
         """Ranges of reused tokens that were computed all the same."""
-        return [[part.start, part.end] for part in self.plan.ranges() if part.reason is Reason.SELECTED]
+        return [list(tokens) for tokens in self.plan.selected]
 
 
 class Blender:
@@ -60,6 +62,8 @@ class Blender:
         self._connector = connector
         self._max_rows = max_rows
         self._room = LayerRoom()
+        in_pages = can_blend_in_pages(connector, ropes)
+        self._ring = StagingRing(connector.tensors[0].device) if in_pages else None
 
     @classmethod
     def find(cls, vllm_config: VllmConfig, connector: PagedConnector, layer_names: Sequence[str]) -> Blender:
@@ -118,8 +122,8 @@ class Blender:
         prompts = [
             PagedPrompt(
                 num_tokens=len(prepared.token_ids),
-                # The last token is vLLM's own; it writes its slot itself.
-                slots=slots[: len(prepared.token_ids) - 1],
+                # The last token is vLLM's own; it writes its slot itself, and after us.
+                slots=slots if self._ring is not None else slots[: len(prepared.token_ids) - 1],
                 exact_tokens=prepared.exact_tokens,
                 passages=prepared.passages,
                 ratio=prepared.options.ratio,
@@ -137,6 +141,7 @@ class Blender:
             options.corrector,
             max_rows=self._max_rows,
             room=self._room,
+            ring=self._ring,
         )
         seconds = {**result.seconds, "total": time.perf_counter() - start}
         return {

@@ -1,0 +1,162 @@
+"""Kriging of many passages at a time, for an accelerator: what
+:class:`lmcache.blend.correctors.kriging.KrigingCorrector` does one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from lmcache.blend.correctors.interface import RowCorrection
+from lmcache.blend.correctors.sampled_span import cut_span
+
+# Elements of the largest matrix of a batch: 128 MiB in float32.
+_MAX_ELEMENTS = 2**25
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """See :class:`lmcache.blend.correctors.kriging.KrigingCorrector`."""
+
+    passage: float
+    local: float
+    width: float
+    alike: float
+    reach: float
+    noise: float
+
+
+class PieceBatch:
+    """Pieces of passages side by side: ``S`` of at most ``n`` rows, of which at most ``m`` are fresh.
+
+    ``tokens`` (int32 ``[S, n]``) are rows of the batch, ``fresh`` (int64 ``[S, m]``) counts a piece's own rows,
+    ``computed`` (int64 ``[S, m]``) counts the fresh tensors. Where a piece is shorter, ``tokens`` are −1 and
+    ``is_fresh`` (bool ``[S, m]``) is False.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, int, int, int, torch.Tensor]], device: torch.device) -> None:
+        """``pieces``: first and last row, first and last fresh one, and the fresh ones counted from the first row."""
+        rows = max(end - start for start, end, *_ in pieces)
+        most = max(last - first for _, _, first, last, _ in pieces)
+        tokens = torch.full((len(pieces), rows), -1, dtype=torch.int32)
+        fresh = torch.zeros((len(pieces), most), dtype=torch.int64)
+        computed = torch.zeros((len(pieces), most), dtype=torch.int64)
+        is_fresh = torch.zeros((len(pieces), most), dtype=torch.bool)
+        for index, (start, end, first, last, own) in enumerate(pieces):
+            tokens[index, : end - start] = torch.arange(start, end)
+            fresh[index, : last - first] = own
+            computed[index, : last - first] = torch.arange(first, last)
+            is_fresh[index, : last - first] = True
+        self.tokens, self.fresh = tokens.to(device), fresh.to(device)
+        self.computed, self.is_fresh = computed.to(device), is_fresh.to(device)
+        self.num_rows = torch.tensor([end - start for start, end, *_ in pieces], device=device, dtype=torch.float32)
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """float32 ``[S, m]``: 1 for a fresh row, 0 for none."""
+        return self.is_fresh.to(torch.float32)
+
+    def nearness(self, of: Covariance) -> torch.Tensor:
+        """The part of the covariance that hangs on where tokens stand, ``[S, n, m]``, zero where there is no row."""
+        at = torch.arange(self.tokens.shape[1], device=self.tokens.device, dtype=torch.float32)
+        distances = at[None, :, None] - self.fresh[:, None, :]
+        exponent = (-(distances / of.width).square() / 2).clamp_min_(-80)
+        return exponent.exp_().mul_(of.local).add_(of.passage).mul_(self.weight[:, None])
+
+
+def correct_pieces(layer: RowCorrection, of: Covariance, longest: int) -> None:
+    """Shift what is not fresh of every span; a span of more than ``longest`` rows is cut."""
+    device = layer.fresh_keys.device
+    key = ("kriging", layer.spans, of)
+    batches: list[tuple[PieceBatch, torch.Tensor]] | None = layer.memo.get(key)
+    if batches is None:
+        made = [PieceBatch(pieces, device) for pieces in _batches(layer, longest)]
+        batches = layer.memo[key] = [(batch, batch.nearness(of)) for batch in made]
+    for batch, nearness in batches:
+        _correct(layer, batch, nearness, of)
+
+
+def _correct(layer: RowCorrection, batch: PieceBatch, nearness: torch.Tensor, of: Covariance) -> None:
+    count, rows = batch.tokens.shape
+    keys, values = (x.view(count, rows, -1) for x in layer.kv.read(batch.tokens.flatten()))
+    width = keys.shape[2]
+    picked = batch.fresh[:, :, None].expand(-1, -1, width)
+    fresh_keys = keys.gather(1, picked)
+    covariance = _covariance(keys, fresh_keys, batch, nearness, of)
+    among = covariance.gather(1, batch.fresh[:, :, None].expand(-1, -1, covariance.shape[2]))
+    among = among * batch.weight[:, :, None]
+    among.diagonal(dim1=1, dim2=2).add_(of.noise)
+    weights = torch.bmm(covariance, _inverse(among))  # [S, n, m]
+    shape = layer.fresh_keys.shape[1:]
+    shifts = []
+    for held, at_fresh, fresh in (
+        (keys, fresh_keys, layer.fresh_keys),
+        (values, values.gather(1, picked), layer.fresh_values),
+    ):
+        change = fresh[batch.computed].flatten(2).float() - at_fresh.float()
+        change *= batch.weight[:, :, None]
+        # Rounding the shift as the KV itself is rounded costs less than the noise that it is an estimate from.
+        shifts.append(torch.bmm(weights.to(held.dtype), change.to(held.dtype)).view(count * rows, *shape))
+    layer.kv.add(batch.tokens.flatten(), *shifts)
+
+
+def _covariance(
+    keys: torch.Tensor, fresh_keys: torch.Tensor, batch: PieceBatch, nearness: torch.Tensor, of: Covariance
+) -> torch.Tensor:
+    """``[S, n, m]``, of every row with the fresh ones; without noise. Zero where there is no fresh one."""
+    if not of.alike:
+        return nearness
+    width = keys.shape[2]
+    elements = batch.num_rows * width
+    squares = torch.linalg.vector_norm(keys, dim=2, dtype=torch.float32).square()
+    mean = keys.sum((1, 2), dtype=torch.float32) / elements
+    variance = squares.sum(1) / elements - mean.square()
+    unit = (of.reach * variance).clamp_min(1e-30)[:, None]
+    apart = squares / (width * unit)
+    products = _float_products(keys, fresh_keys)
+    products.mul_((2 / (width * unit))[:, :, None]).sub_(apart[:, :, None])
+    products.sub_(apart.gather(1, batch.fresh)[:, None]).clamp_max_(0.0).exp_()
+    return products.mul_((of.alike * batch.weight)[:, None]).add_(nearness)
+
+
+def _float_products(keys: torch.Tensor, fresh_keys: torch.Tensor) -> torch.Tensor:
+    """Each row by each fresh one, summed up in float32."""
+    if keys.dtype == torch.float32 or keys.device.type != "cuda":
+        return torch.bmm(keys.float(), fresh_keys.float().transpose(1, 2))
+    return torch.bmm(keys, fresh_keys.transpose(1, 2), out_dtype=torch.float32)
+
+
+def _inverse(matrices: torch.Tensor) -> torch.Tensor:
+    """Of positive definite ones, ``[S, m, m]``. Positive noise makes them that: nothing need be checked, and an
+    accelerator not be waited for."""
+    factor, _ = torch.linalg.cholesky_ex(matrices)
+    identity = torch.eye(matrices.shape[1], device=matrices.device, dtype=matrices.dtype).expand_as(matrices)
+    rest = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return torch.bmm(rest.transpose(1, 2), rest)
+
+
+def _batches(layer: RowCorrection, longest: int) -> Iterator[list[tuple[int, int, int, int, torch.Tensor]]]:
+    """Pieces with a fresh row, those of like size together."""
+    bounds = [piece for span in layer.spans for piece in cut_span(*span, longest)]
+    edges = torch.searchsorted(layer.rows, torch.tensor(bounds).reshape(-1, 2)).tolist()
+    pieces = [
+        (start, end, first, last, layer.rows[first:last] - start)
+        for (start, end), (first, last) in zip(bounds, edges, strict=True)
+        if first < last
+    ]
+    pieces.sort(key=lambda piece: (piece[1] - piece[0], piece[3] - piece[2]), reverse=True)
+    batch: list[tuple[int, int, int, int, torch.Tensor]] = []
+    rows = most = 0
+    for piece in pieces:
+        wider = max(most, piece[3] - piece[2])
+        if batch and ((len(batch) + 1) * rows * wider > _MAX_ELEMENTS or piece[1] - piece[0] < rows / 2):
+            yield batch
+            batch, wider = [], piece[3] - piece[2]
+        if not batch:
+            rows = piece[1] - piece[0]
+        batch.append(piece)
+        most = wider
+    if batch:
+        yield batch

@@ -1,0 +1,206 @@
+"""The moved rows of a blend on their way to the device: layer by layer, ahead of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lmcache.blend.batch import PlacedSpan
+from lmcache.blend.chunk_source import ChunkSource
+from lmcache.blend.kv_source import KVLoadError
+from lmcache.memory.device_copy import can_copy_rows, copy_rows
+
+_DEPTH = 3
+
+
+class _Slot:
+    """One layer's room on the device. ``arrived`` and ``free`` are events of the copies and of their reader."""
+
+    def __init__(self) -> None:
+        self.rows = torch.empty(0)
+        self.layer_id = -1
+        self.arrived: torch.cuda.Event | None = None
+        self.free: torch.cuda.Event | None = None
+
+
+class StagingRing:
+    """Device memory for a few layers, and the stream that fills it; serves one blend after the other.
+
+    It grows to what the largest blend took, up to ``kept_bytes`` a layer; for more it gets memory a blend.
+    """
+
+    def __init__(self, device: torch.device, kept_bytes: int = 192 * 2**20) -> None:
+        self.device = device
+        self.kept_bytes = kept_bytes
+        self.slots = [_Slot() for _ in range(_DEPTH)]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def begin(self, num_rows: int, row_numel: int, dtype: torch.dtype) -> None:
+        """Nothing of an earlier blend is wanted any more; there is room for ``[num_rows, row_numel]`` a layer."""
+        wanted = num_rows * row_numel
+        for slot in self.slots:
+            held = slot.rows
+            fits = held.dtype == dtype and held.numel() >= wanted
+            if not fits or held.nbytes > max(self.kept_bytes, wanted * dtype.itemsize):
+                slot.rows = torch.empty(wanted, dtype=dtype, device=self.device)
+                if self.stream is not None:
+                    # Memory that torch gives out again is free for the current stream only.
+                    self.stream.wait_stream(torch.cuda.current_stream(self.device))
+                    slot.rows.record_stream(self.stream)
+                slot.free = None
+            slot.layer_id = -1
+
+
+class _Run(NamedTuple):
+    """``num_rows`` K rows and as many V rows of one chunk, staged from row ``at`` on: where they lie in the host's
+    memory in layer 0, in bytes."""
+
+    source: int
+    layer_bytes: int
+    plane_bytes: int
+    num_rows: int
+    at: int
+
+
+class _Other(NamedTuple):
+    """Rows ``[first, first + num_rows)`` of a source of another kind, staged from row ``at`` on."""
+
+    placed: PlacedSpan
+    first: int
+    num_rows: int
+    at: int
+
+
+class SourceError(Exception):
+    """The KV of one prompt of the batch will not arrive."""
+
+    def __init__(self, prompt: int, reason: str) -> None:
+        super().__init__(reason)
+        self.prompt = prompt
+
+
+class StagedLayers:
+    """Brings the rows of ``spans`` layer by layer; a layer's rows are asked for once, in ascending order of layers.
+
+    ``k_from`` and ``v_from`` (int32 ``[n]``, on the CPU) are the rows of a staged layer in which the spans' rows lie,
+    one span after the other: the same in every layer.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[PlacedSpan],
+        num_layers: int,
+        row_shape: tuple[int, int],
+        dtype: torch.dtype,
+        ring: StagingRing,
+    ) -> None:
+        """``row_shape``: KV heads and dim."""
+        self._ring = ring
+        self._num_layers = num_layers
+        self._row_shape = row_shape
+        self._row_numel = row_shape[0] * row_shape[1]
+        self._row_bytes = self._row_numel * dtype.itemsize
+        self._runs: list[_Run] = []
+        self._others: list[_Other] = []
+        k_from, v_from, at = [], [], 0
+        for placed in spans:
+            for count in self._plan(placed, at, dtype):
+                k_from.append(torch.arange(at, at + count))
+                v_from.append(torch.arange(at + count, at + 2 * count))
+                at += 2 * count
+        none = [torch.empty(0, dtype=torch.int64)]
+        self.k_from = torch.cat(k_from or none).to(torch.int32)
+        self.v_from = torch.cat(v_from or none).to(torch.int32)
+        self._staged_rows = at
+        self._next = 0
+        ring.begin(at, self._row_numel, dtype)
+        self._fetch(_DEPTH)
+
+    def _plan(self, placed: PlacedSpan, at: int, dtype: torch.dtype) -> list[int]:
+        """Note how the rows of a span come; their numbers, run by run."""
+        first, end = placed.span.source_start, placed.span.source_start + placed.span.end - placed.span.start
+        source = placed.source
+        chunks = source.dense_chunks() if isinstance(source, ChunkSource) and can_copy_rows(self._ring.device) else None
+        if chunks is None:
+            self._others.append(_Other(placed, first, end - first, at))
+            return [end - first]
+        counts = []
+        for chunk, offset, num_tokens in chunks:
+            skipped = min(first, num_tokens)
+            count = min(num_tokens, end) - skipped
+            first, end = max(0, first - num_tokens), max(0, end - num_tokens)
+            if count > 0:
+                plane = chunk.shape[2] * self._row_bytes
+                start = chunk.data_ptr() + (offset + skipped) * self._row_bytes
+                self._runs.append(_Run(start, 2 * plane, plane, count, at))
+                counts.append(count)
+                at += 2 * count
+        return counts
+
+    def layer(self, layer_id: int) -> torch.Tensor:
+        """``[rows, kv_heads · dim]`` of ``layer_id``, there for what is queued on the current stream from now on, until
+        :meth:`done`.
+
+        Raises:
+            SourceError: a source failed.
+        """
+        while self._next <= layer_id:
+            self._fetch(1)
+        slot = self._ring.slots[layer_id % _DEPTH]
+        assert slot.layer_id == layer_id
+        if slot.arrived is not None:
+            torch.cuda.current_stream(self._ring.device).wait_event(slot.arrived)
+        rows = self._rows(slot)
+        for other in self._others:
+            try:
+                planes = other.placed.source.layer(layer_id)
+            except KVLoadError as error:
+                raise SourceError(other.placed.prompt, str(error)) from error
+            self._check(other, layer_id, planes)
+            for index, plane in enumerate(planes):
+                to = other.at + index * other.num_rows
+                taken = plane[other.first : other.first + other.num_rows]
+                rows[to : to + other.num_rows].view(-1, *self._row_shape).copy_(taken)
+        return rows
+
+    def _check(self, other: _Other, layer_id: int, planes: tuple[torch.Tensor, ...]) -> None:
+        for name, plane in zip("KV", planes, strict=True):
+            if tuple(plane.shape[1:]) != self._row_shape or len(plane) < other.first + other.num_rows:
+                raise SourceError(
+                    other.placed.prompt,
+                    f"{name} of layer {layer_id} is {list(plane.shape)} in its source, the model's is "
+                    f"{list(self._row_shape)} a token, and {other.first + other.num_rows} tokens are wanted",
+                )
+
+    def done(self, layer_id: int) -> None:
+        """All that reads the layer's staged rows is queued."""
+        slot = self._ring.slots[layer_id % _DEPTH]
+        if self._ring.stream is not None:
+            slot.free = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            slot.free.record(torch.cuda.current_stream(self._ring.device))
+        self._fetch(1)
+
+    def _fetch(self, layers: int) -> None:
+        """Queue the copies of the next layers."""
+        for layer_id in range(self._next, min(self._next + layers, self._num_layers)):
+            slot = self._ring.slots[layer_id % _DEPTH]
+            slot.layer_id = layer_id
+            self._next = layer_id + 1
+            if not self._runs:
+                continue
+            stream = self._ring.stream
+            assert stream is not None
+            if slot.free is not None:
+                stream.wait_event(slot.free)
+            to, row = slot.rows.data_ptr(), self._row_bytes
+            for run in self._runs:
+                width = run.num_rows * row
+                source = run.source + layer_id * run.layer_bytes
+                copy_rows(to + run.at * row, width, source, run.plane_bytes, width, 2, stream)
+            slot.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            slot.arrived.record(stream)
+
+    def _rows(self, slot: _Slot) -> torch.Tensor:
+        return slot.rows[: self._staged_rows * self._row_numel].view(self._staged_rows, self._row_numel)

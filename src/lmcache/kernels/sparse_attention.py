@@ -1,0 +1,263 @@
+"""Attention of scattered queries over KV whose rows lie anywhere: the kernel behind
+:func:`lmcache.blend.attention.sparse_attention` on a GPU, which is its reference.
+
+The scheme is FlashAttention's (Dao 2023, arXiv:2307.08691) with another mask, ``kv position ≤ query position``: the
+queries of one KV head stand in a tile together, keys before the tile's first position need no mask, keys behind its
+last one are never read. Few queries are split over the keys (flash decoding), so that they fill the GPU all the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lmcache.kernels.kv_rows import KVRows
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# A score that weighs nothing; −inf would make NaN of rows that see nothing in a tile.
+_HIDDEN = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """In units of log2."""
+    s = tl.dot(q, k, input_precision=PRECISION) * scale
+    if HAS_SOFTCAP:
+        s = softcap * (2.0 / (1.0 + tl.exp2(s * (-2.0 * _LOG2_E) / softcap)) - 1.0)
+    return s * _LOG2_E
+
+
+@triton.jit
+def _attend_kernel(
+    Q,
+    K,
+    V,
+    OFFSETS,
+    POSITIONS,
+    KNOWN,
+    SINKS,
+    OUT,
+    LSE,
+    num_queries,
+    scale,
+    softcap,
+    window,
+    q_row,
+    q_head,
+    out_split,
+    out_row,
+    out_head,
+    lse_split,
+    k_head,
+    v_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_KNOWN: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    WITH_LSE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # The last tiles have the most keys, so they begin first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = r // GROUP
+    head = kv_head * GROUP + r % GROUP
+    there = query < num_queries
+    d = tl.arange(0, BLOCK_D)
+    q = tl.load(
+        Q + query.to(tl.int64)[:, None] * q_row + head[:, None] * q_head + d[None, :],
+        mask=there[:, None] & (d < DIM)[None, :],
+        other=0.0,
+    )
+    position = tl.load(POSITIONS + query, mask=there, other=-1)
+    last = tl.max(position)
+    first = tl.min(tl.where(there, position, 1 << 30))
+    start = 0
+    if HAS_WINDOW:
+        start = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+    # Up to here every query sees every key, as far as positions go.
+    seen = (first + 1) // BLOCK_N * BLOCK_N
+    end = last + 1
+    if SPLITS > 1:
+        blocks = (end - start + BLOCK_N - 1) // BLOCK_N
+        each = (blocks + SPLITS - 1) // SPLITS * BLOCK_N
+        start += split * each
+        end = tl.minimum(end, start + each)
+    unmasked_end = start
+    if not (HAS_WINDOW or HAS_KNOWN):
+        unmasked_end = tl.maximum(start, tl.minimum(seen, end))
+
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    k_base = K + kv_head.to(tl.int64) * k_head
+    v_base = V + kv_head.to(tl.int64) * v_head
+
+    for n in tl.range(start, unmasked_end, BLOCK_N, num_stages=STAGES):
+        j = n + tl.arange(0, BLOCK_N)
+        at = tl.multiple_of(tl.load(OFFSETS + j), ALIGN)
+        if DIM == BLOCK_D:
+            k = tl.load(k_base + at[None, :] + d[:, None])
+        else:
+            k = tl.load(k_base + at[None, :] + d[:, None], mask=(d < DIM)[:, None], other=0.0)
+        s = _scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+        higher = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        decay = tl.exp2(top - higher)
+        total = total * decay + tl.sum(p, 1)
+        if V_DIM == BLOCK_D:
+            v = tl.load(v_base + at[:, None] + d[None, :])
+        else:
+            v = tl.load(v_base + at[:, None] + d[None, :], mask=(d < V_DIM)[None, :], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        top = higher
+
+    for n in range(unmasked_end, end, BLOCK_N):
+        j = n + tl.arange(0, BLOCK_N)
+        inside = j < end
+        at = tl.multiple_of(tl.load(OFFSETS + j, mask=inside, other=0), ALIGN)
+        if HAS_KNOWN:
+            inside &= tl.load(KNOWN + j, mask=inside, other=0) != 0
+        k = tl.load(k_base + at[None, :] + d[:, None], mask=inside[None, :] & (d < DIM)[:, None], other=0.0)
+        s = _scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
+        sees = (j[None, :] <= position[:, None]) & inside[None, :]
+        if HAS_WINDOW:
+            sees &= j[None, :] > position[:, None] - window
+        s = tl.where(sees, s, _HIDDEN)
+        higher = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        decay = tl.exp2(top - higher)
+        total = total * decay + tl.sum(p, 1)
+        v = tl.load(v_base + at[:, None] + d[None, :], mask=inside[:, None] & (d < V_DIM)[None, :], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        top = higher
+
+    if HAS_SINKS:
+        # The parts of the keys have one sink together.
+        sink = tl.load(SINKS + head, mask=there & (split == 0), other=_HIDDEN).to(tl.float32) * _LOG2_E
+        higher = tl.maximum(top, sink)
+        decay = tl.exp2(top - higher)
+        total = total * decay + tl.exp2(sink - higher)
+        acc = acc * decay[:, None]
+        top = higher
+    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(
+        OUT + split * out_split + query.to(tl.int64)[:, None] * out_row + head[:, None] * out_head + d[None, :],
+        acc.to(OUT.dtype.element_ty),
+        mask=there[:, None] & (d < V_DIM)[None, :],
+    )
+    if WITH_LSE:
+        lse = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), _HIDDEN)
+        tl.store(LSE + split * lse_split + query * HEADS + head, lse / _LOG2_E, mask=there)
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    kv: KVRows,
+    positions: torch.Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
+    splits: int | None = None,
+    blocks: tuple[int, int, int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of ``q`` ``[n, query_heads, dim]`` (last dim dense) over the rows of ``kv``, one prompt.
+
+    Row ``j`` of ``kv`` is position ``j``. ``positions``: int32 ``[n]`` on the device, ascending. Other arguments as in
+    :class:`lmcache.blend.host.Attend` and :class:`lmcache.blend.attention.QueryMask`; every query sees a known key.
+
+    Args:
+        splits: parts that the keys are cut into; None: as many as fill the GPU.
+        blocks: tile of queries × heads of a group, tile of keys, warps, stages.
+
+    Returns:
+        ``[n, query_heads, value_dim]`` in the dtype of ``q``; and, where the keys were split, the logarithm of each
+        row's softmax sum, float32 ``[n, query_heads]``, else None.
+    """
+    num_queries, heads, dim = q.shape
+    group = heads // kv.num_heads
+    block_d = max(16, triton.next_power_of_2(max(dim, kv.value_dim)))
+    block_m, block_n, warps, stages = blocks or _blocks(num_queries * group, block_d, q.dtype)
+    tiles = triton.cdiv(num_queries * group, block_m)
+    if splits is None:
+        splits = _splits(tiles * kv.num_heads, len(kv.offsets), block_n, q.device)
+    kind = q.dtype if splits == 1 else torch.float32
+    out = torch.empty((splits, num_queries, heads, kv.value_dim), dtype=kind, device=q.device)
+    lse = torch.empty((splits, num_queries, heads), dtype=torch.float32, device=q.device)
+    _attend_kernel[(tiles, kv.num_heads, splits)](
+        q,
+        kv.keys,
+        kv.values,
+        kv.offsets,
+        positions,
+        positions if known is None else known,
+        q if sinks is None else sinks,
+        out,
+        lse,
+        num_queries,
+        scale,
+        softcap or 0.0,
+        sliding_window or 0,
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        lse.stride(0),
+        kv.key_head_stride,
+        kv.value_head_stride,
+        HEADS=heads,
+        GROUP=group,
+        DIM=dim,
+        V_DIM=kv.value_dim,
+        BLOCK_D=block_d,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        ALIGN=kv.alignment,
+        HAS_WINDOW=sliding_window is not None,
+        HAS_KNOWN=known is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
+        WITH_LSE=splits > 1,
+        SPLITS=splits,
+        STAGES=stages,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=warps,
+    )
+    if splits == 1:
+        return out[0], None
+    joint = lse.logsumexp(0)
+    weights = torch.exp(lse - joint)
+    return (out * weights[..., None]).sum(0).to(q.dtype), joint
+
+
+def _blocks(rows: int, block_d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    if dtype == torch.float32:
+        return 32, 32, 4, 1
+    if block_d > 128:
+        return 64, 64, 4, 2
+    return (128, 128, 8, 3) if rows > 64 else (64, 64, 4, 3)
+
+
+def _splits(programs: int, num_keys: int, block_n: int, device: torch.device) -> int:
+    """Enough for two programs a multiprocessor, none with fewer than eight blocks of keys."""
+    if device.type != "cuda":
+        return 1
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // programs
+    return int(max(1, min(wanted, num_keys // (8 * block_n))))

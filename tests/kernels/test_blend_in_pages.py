@@ -1,0 +1,138 @@
+"""A blend by kernels, in pages, gives what the blend in tensors of its own gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lmcache.blend.chunk_source import ChunkPart
+from lmcache.blend.correctors import make_corrector
+from lmcache.blend.paged_blend import PagedPrompt, blend_pages
+from lmcache.blend.paged_layers import can_blend_in_pages
+from lmcache.blend.passage_lease import HeldPassage
+from lmcache.blend.policies import make_policy
+from lmcache.blend.rope import FusedRope, RopeFrequencies
+from lmcache.blend.staged_layers import StagingRing
+from lmcache.memory.memory_obj import MemoryObj
+from lmcache.paging.token_connector import TokenConnector
+from tests.blend.core.tiny_model import DIM, KV_HEADS, LAYERS, VOCAB, TinyHost, TinyModel
+from tests.kernels.needs_triton import DEVICE, require
+from tests.paging.worlds import WORLDS, Sizes
+
+require()
+
+CHUNK = 16
+SIZES = Sizes(layers=LAYERS, blocks=24, block_size=8, heads=KV_HEADS, dim=DIM, dtype=torch.float32, device=str(DEVICE))
+LAYOUTS = ["kv_second_nhd", "kv_second_hnd"]
+FREQUENCIES = 1.0 / (10_000.0 ** (torch.arange(0, DIM, 2, dtype=torch.float64) / DIM))
+ROPES = [FusedRope(RopeFrequencies(FREQUENCIES), head_size=DIM)] * LAYERS
+
+
+class FloatHost(TinyHost):
+    """A tiny model whose attention is float32, as kernels want it."""
+
+    def forward(self, rows: torch.Tensor, positions: torch.Tensor, attend: Any) -> torch.Tensor:
+        def in_float(layer: int, *qkv: torch.Tensor, **scoring: Any) -> torch.Tensor:
+            return attend(layer, *(x.float() for x in qkv), **scoring).double()
+
+        return super().forward(rows, positions, in_float)
+
+
+class Engine:
+    """Pages of one layout, with passages that were computed elsewhere and lie in chunks."""
+
+    def __init__(self, layout: str) -> None:
+        world = WORLDS[layout](SIZES)
+        self.model = TinyModel(device=str(DEVICE))
+        self.connector = TokenConnector(world.layout, world.tensors)
+        for memory in world.memory:
+            memory.view(torch.float32).normal_(generator=None)
+        generator = torch.Generator().manual_seed(3)
+        self.documents = [torch.randint(VOCAB, (40,), generator=generator) for _ in range(3)]
+        self.chunks = [self._kept(document, start) for document, start in zip(self.documents, (0, 7, 30), strict=True)]
+        self.question = torch.randint(VOCAB, (6,), generator=generator)
+
+    def _kept(self, document: torch.Tensor, start: int) -> list[MemoryObj]:
+        _, kv = self.model.prefill(document, start)
+        objs = []
+        for first in range(0, len(document), CHUNK):
+            spec = self.connector.spec(min(CHUNK, len(document) - first))
+            obj = MemoryObj(spec, torch.zeros(-(-spec.nbytes // 4096) * 4096, dtype=torch.uint8), 0, lambda _: None)
+            for layer, pair in enumerate(kv):
+                obj.tensor[layer, 0] = pair.k[first : first + CHUNK]
+                obj.tensor[layer, 1] = pair.v[first : first + CHUNK]
+            objs.append(obj)
+        return objs
+
+    def passage(self, document: int, at: int, skipped: int = 0) -> HeldPassage:
+        """From its token ``skipped`` on, so that it begins in the midst of a chunk."""
+        parts, left = [], skipped
+        for obj in self.chunks[document]:
+            dropped = min(left, obj.spec.num_tokens)
+            left -= dropped
+            if dropped < obj.spec.num_tokens:
+                parts.append(ChunkPart(obj, dropped, obj.spec.num_tokens - dropped))
+        old = (0, 7, 30)[document] + skipped
+        return HeldPassage(at, at + 40 - skipped, old, tuple(parts))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("policy", "corrector", "ratio", "max_rows"),
+    [
+        ("none", "none", 0.0, None),
+        ("kv_deviation", "none", 0.2, None),
+        ("sampled_attention", "kriging", 0.2, None),
+        ("sampled_attention", "key_shift", 0.2, 20),
+        ("query_attention", "local_key_shift", 0.1, 16),
+        ("full", "kriging", 1.0, None),
+    ],
+)
+def test_pages_hold_what_a_blend_in_tensors_writes(
+    layout: str, policy: str, corrector: str, ratio: float, max_rows: int | None
+) -> None:
+    written = []
+    for by_kernels in (False, True):
+        torch.manual_seed(0)
+        engine = Engine(layout)
+        ids, prompts, used = [], [], 0
+        for order, exact, new in (((1, 0), 10, 0), ((2,), 0, 4)):
+            tokens = [torch.arange(exact + new)]
+            passages = []
+            for document in order:
+                at = sum(map(len, tokens))
+                passages.append(engine.passage(document, at, skipped=5 if document == 0 else 0))
+                tokens.append(engine.documents[document][5 if document == 0 else 0 :])
+            prompt = torch.cat([*tokens, engine.question])
+            slots = used * SIZES.block_size + torch.arange(len(prompt))
+            used += -(-len(prompt) // SIZES.block_size)
+            ids.append(prompt)
+            prompts.append(PagedPrompt(len(prompt), slots, exact, passages, ratio))
+        before = [plane.clone() for plane in engine.connector.kv_layout.plane_views(engine.connector.tensors, 0)]
+        assert can_blend_in_pages(engine.connector, ROPES)
+        result = blend_pages(
+            FloatHost(engine.model, ids),
+            engine.connector,
+            prompts,
+            ROPES,
+            make_policy(policy),
+            make_corrector(corrector),
+            max_rows=max_rows,
+            ring=StagingRing(DEVICE) if by_kernels else None,
+        )
+        after = engine.connector.kv_layout.plane_views(engine.connector.tensors, 0)
+        exact_slots = prompts[0].slots[:10]
+        for plane, old in zip(after, before, strict=True):
+            index = engine.connector.token_index(exact_slots).blocks_and_offsets
+            assert torch.equal(plane[index], old[index]), "the exact prefix is not ours to write"
+        every = engine.connector.token_index(torch.cat([prompt.slots for prompt in prompts]))
+        pages = [engine.connector.read_tokens(layer, every) for layer in range(LAYERS)]
+        written.append((result.plans, result.charged_budgets, pages))
+    (plans, budgets, expected), (their_plans, their_budgets, pages) = written
+    assert plans == their_plans
+    assert budgets == their_budgets
+    for layer, (ours, theirs) in enumerate(zip(expected, pages, strict=True)):
+        for name, a, b in zip("KV", ours, theirs, strict=True):
+            torch.testing.assert_close(b, a, atol=2e-4, rtol=1e-3, msg=lambda m, n=name, i=layer: f"{n} {i}: {m}")
