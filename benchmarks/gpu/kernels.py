@@ -229,6 +229,10 @@ class _Rows:
     def __init__(self, kv: KVRows) -> None:
         self.kv = kv
 
+    @property
+    def kernel_rows(self) -> KVRows:
+        return self.kv
+
     def read(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return read(self.kv, rows)
 

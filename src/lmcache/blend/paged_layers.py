@@ -118,6 +118,10 @@ class PagedLayer(LayerKV):
 
     # What a corrector of many rows reads and writes
 
+    @property
+    def kernel_rows(self) -> KVRows:
+        return self.kv
+
     def read(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         from lmcache.kernels.kv_read import read
 

@@ -16,7 +16,7 @@ from lmcache.kernels.sparse_attention import _scores
 _BLOCK_N = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "window"])
 def _received_kernel(
     Q,
     K,

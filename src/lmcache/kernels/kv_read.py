@@ -14,7 +14,7 @@ from lmcache.kernels.kv_rows import KVRows
 _ROWS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _read_kernel(
     ROW,
     OFFSETS,
@@ -73,7 +73,7 @@ def read(kv: KVRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _deviation_kernel(
     FROM_K,
     FROM_V,

@@ -28,7 +28,7 @@ class Turns:
     is_neox_style: bool
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _place_kernel(
     STAGED,
     K_FROM,
@@ -142,7 +142,7 @@ def place(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _write_kernel(
     FROM_K,
     FROM_V,

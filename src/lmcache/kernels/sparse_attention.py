@@ -28,7 +28,7 @@ def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.const
     return s * _LOG2_E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "window", "out_split", "lse_split"])
 def _attend_kernel(
     Q,
     K,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import torch
 
 from lmcache.blend.rope import FusedRope
+
+if TYPE_CHECKING:
+    from lmcache.kernels.kv_rows import KVRows
 
 Memo: TypeAlias = "dict[Any, Any]"
 
@@ -36,7 +39,13 @@ class LayerCorrection:
 
 
 class RowAccess(Protocol):
-    """K and V of a layer, wherever its rows lie. ``rows`` are int32 ``[n]`` on the device; −1 stands for none."""
+    """K and V of a layer, wherever its rows lie. ``rows`` are int32 ``[n]`` on the device; −1 stands for none.
+
+    ``kernel_rows`` are the rows as kernels take them.
+    """
+
+    @property
+    def kernel_rows(self) -> KVRows: ...
 
     def read(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies, ``[n, kv_heads, dim]`` each; zero for none."""

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
 
 from lmcache.blend.correctors.interface import RowCorrection
 from lmcache.blend.correctors.sampled_span import cut_span
+from lmcache.kernels.availability import kernels_for
 
 # Elements of the largest matrix of a batch: 128 MiB in float32.
 _MAX_ELEMENTS = 2**25
@@ -68,14 +69,52 @@ class PieceBatch:
 
 def correct_pieces(layer: RowCorrection, of: Covariance, longest: int) -> None:
     """Shift what is not fresh of every span; a span of more than ``longest`` rows is cut."""
-    device = layer.fresh_keys.device
     key = ("kriging", layer.spans, of)
-    batches: list[tuple[PieceBatch, torch.Tensor]] | None = layer.memo.get(key)
-    if batches is None:
-        made = [PieceBatch(pieces, device) for pieces in _batches(layer, longest)]
-        batches = layer.memo[key] = [(batch, batch.nearness(of)) for batch in made]
-    for batch, nearness in batches:
-        _correct(layer, batch, nearness, of)
+    correct = layer.memo.get(key)
+    if correct is None:
+        correct = layer.memo[key] = _by_kernels(layer, longest, of) or _by_torch(layer, longest, of)
+    correct(layer)
+
+
+def _by_torch(layer: RowCorrection, longest: int, of: Covariance) -> Callable[[RowCorrection], None]:
+    made = [PieceBatch(pieces, layer.fresh_keys.device) for pieces in _batches(layer, longest)]
+    batches = [(batch, batch.nearness(of)) for batch in made]
+
+    def correct(layer: RowCorrection) -> None:
+        for batch, nearness in batches:
+            _correct(layer, batch, nearness, of)
+
+    return correct
+
+
+def _by_kernels(layer: RowCorrection, longest: int, of: Covariance) -> Callable[[RowCorrection], None] | None:
+    device = layer.fresh_keys.device
+    if not kernels_for(device):
+        return None
+    from lmcache.kernels.kriging import Pieces, can_krige, krige
+
+    batches = list(_batches(layer, longest))
+    most = max((last - first for batch in batches for _, _, first, last, _ in batch), default=0)
+    if not can_krige(layer.kv.kernel_rows, most):
+        return None
+    is_fresh = torch.zeros(len(layer.kv.kernel_rows.offsets), dtype=torch.uint8)
+    is_fresh[layer.rows] = 1
+    fresh, is_fresh = layer.rows.to(device, torch.int32), is_fresh.to(device)
+    pieces = []
+    for batch in batches:
+        numbers = torch.tensor(
+            [(start, end - start, first, last - first) for start, end, first, last, _ in batch], dtype=torch.int32
+        )
+        starts, lengths, firsts, counts = numbers.T.contiguous().to(device).unbind(0)
+        longest, most = int(numbers[:, 1].max()), int(numbers[:, 3].max())
+        pieces.append(Pieces(starts, lengths, firsts, counts, fresh, is_fresh, longest, most))
+    constants = asdict(of)
+
+    def correct(layer: RowCorrection) -> None:
+        for batch in pieces:
+            krige(layer.kv.kernel_rows, batch, layer.fresh_keys, layer.fresh_values, **constants)
+
+    return correct
 
 
 def _correct(layer: RowCorrection, batch: PieceBatch, nearness: torch.Tensor, of: Covariance) -> None:

@@ -1,0 +1,391 @@
+"""Kriging of many passages at once: the kernels behind :mod:`lmcache.blend.correctors.kriging_rows`, which has the
+formulas and is their reference. Seven launches a layer, whatever the number of passages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from lmcache.kernels.kv_rows import KVRows
+
+_TILE = 64
+_PANEL = 16
+MAX_FRESH = 256
+"""Fresh rows a piece: its matrix is inverted by one program, in the cache of one multiprocessor."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """``S`` pieces of passages: piece ``s`` is the rows ``start[s] …`` of the batch, ``length[s]`` of them, and its
+    ``count[s]`` fresh ones are ``fresh[first[s] …]``. int32, on the device.
+
+    ``is_fresh``: uint8 ``[N]``. ``longest`` and ``most`` are the largest length and count.
+    """
+
+    start: torch.Tensor
+    length: torch.Tensor
+    first: torch.Tensor
+    count: torch.Tensor
+    fresh: torch.Tensor
+    is_fresh: torch.Tensor
+    longest: int
+    most: int
+
+    @property
+    def padded(self) -> int:
+        """Room for the fresh rows of a piece."""
+        return -(-self.most // _PANEL) * _PANEL
+
+
+@triton.jit
+def _sums_kernel(
+    START,
+    LENGTH,
+    OFFSETS,
+    K,
+    SUMS,
+    k_head,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The sum and the sum of squares of the keys of a tile."""
+    piece = tl.program_id(0)
+    tile = tl.program_id(1)
+    i = tile * TILE + tl.arange(0, TILE)
+    inside = i < tl.load(LENGTH + piece)
+    at = tl.multiple_of(tl.load(OFFSETS + tl.load(START + piece) + i, mask=inside, other=0), ALIGN)
+    d = tl.arange(0, DIM)
+    total = tl.zeros([TILE], tl.float32)
+    squares = tl.zeros([TILE], tl.float32)
+    for h in range(HEADS):
+        k = tl.load(K + h * k_head + at[:, None] + d[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        total += tl.sum(k, 1)
+        squares += tl.sum(k * k, 1)
+    to = (piece * tl.num_programs(1) + tile) * 2
+    tl.store(SUMS + to, tl.sum(total))
+    tl.store(SUMS + to + 1, tl.sum(squares))
+
+
+@triton.jit(do_not_specialize=["longest", "tiles"])
+def _covariance_kernel(
+    START,
+    LENGTH,
+    FIRST,
+    COUNT,
+    FRESH,
+    OFFSETS,
+    K,
+    SUMS,
+    COVARIANCE,
+    AMONG,
+    passage,
+    local,
+    width,
+    alike,
+    reach,
+    noise,
+    k_head,
+    longest,
+    padded,
+    tiles,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    AMONG_FRESH: tl.constexpr,
+):
+    """Of the rows of a tile with a tile of the fresh ones; with ``AMONG_FRESH`` the rows are the fresh ones too."""
+    piece = tl.program_id(0)
+    length = tl.load(LENGTH + piece)
+    start = tl.load(START + piece)
+    first = tl.load(FIRST + piece)
+    count = tl.load(COUNT + piece)
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    j = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    chosen = j < count
+    fresh = tl.load(FRESH + first + j, mask=chosen, other=0)
+    if AMONG_FRESH:
+        inside = i < count
+        row = tl.load(FRESH + first + i, mask=inside, other=0)
+    else:
+        inside = i < length
+        row = start + i
+    at = tl.multiple_of(tl.load(OFFSETS + row, mask=inside, other=0), ALIGN)
+    fresh_at = tl.multiple_of(tl.load(OFFSETS + fresh, mask=chosen, other=0), ALIGN)
+    d = tl.arange(0, DIM)
+    products = tl.zeros([TILE, TILE], tl.float32)
+    squares = tl.zeros([TILE], tl.float32)
+    fresh_squares = tl.zeros([TILE], tl.float32)
+    for h in range(HEADS):
+        k = tl.load(K + h * k_head + at[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+        f = tl.load(K + h * k_head + fresh_at[None, :] + d[:, None], mask=chosen[None, :], other=0.0)
+        products = tl.dot(k, f, products, input_precision=PRECISION)
+        wide = k.to(tl.float32)
+        squares += tl.sum(wide * wide, 1)
+        wide_f = f.to(tl.float32)
+        fresh_squares += tl.sum(wide_f * wide_f, 0)
+    t = tl.arange(0, BLOCK_TILES)
+    of_tile = SUMS + (piece * tiles + t) * 2
+    elements = length.to(tl.float32) * HEADS * DIM
+    mean = tl.sum(tl.load(of_tile, mask=t < tiles, other=0.0)) / elements
+    variance = tl.sum(tl.load(of_tile + 1, mask=t < tiles, other=0.0)) / elements - mean * mean
+    unit = tl.maximum(reach * variance, 1.0e-30) * (HEADS * DIM)
+    apart = (squares[:, None] + fresh_squares[None, :] - 2.0 * products) / unit
+    distance = (row[:, None] - fresh[None, :]).to(tl.float32) / width
+    found = passage + local * tl.exp(-0.5 * distance * distance) + alike * tl.exp(-tl.maximum(apart, 0.0))
+    found = tl.where(inside[:, None] & chosen[None, :], found, 0.0)
+    if AMONG_FRESH:
+        # Room that no fresh row fills is a unit matrix: it has no part in the inverse of the rest.
+        found += tl.where(i[:, None] == j[None, :], noise, 0.0)
+        to = AMONG + piece.to(tl.int64) * padded * padded + i[:, None] * padded + j[None, :]
+        tl.store(to, found, mask=(i < padded)[:, None] & (j < padded)[None, :])
+    else:
+        to = COVARIANCE + piece.to(tl.int64) * longest * padded + i[:, None] * padded + j[None, :]
+        tl.store(to, found, mask=inside[:, None] & (j < padded)[None, :])
+
+
+@triton.jit
+def _inverse_kernel(COUNT, AMONG, padded, PANEL: tl.constexpr, TILE: tl.constexpr):
+    """In place, by Gauss and Jordan's method, a panel of rows and columns at a time. A positive definite matrix needs
+    no pivoting."""
+    piece = tl.program_id(0)
+    count = tl.load(COUNT + piece)
+    base = AMONG + piece.to(tl.int64) * padded * padded
+    p = tl.arange(0, PANEL)
+    t = tl.arange(0, TILE)
+    for begin in range(0, count, PANEL):
+        here = base + (begin + p)[:, None] * padded + (begin + p)[None, :]
+        corner = tl.load(here)
+        for k in range(PANEL):
+            row = tl.sum(tl.where(p[:, None] == k, corner, 0.0), 0)
+            column = tl.sum(tl.where(p[None, :] == k, corner, 0.0), 1)
+            pivot = 1.0 / tl.sum(tl.where(p == k, row, 0.0))
+            row = row * pivot
+            swept = corner - column[:, None] * tl.where(p == k, 1.0 + pivot, row)[None, :]
+            corner = tl.where((p == k)[:, None], tl.where(p == k, pivot, row)[None, :], swept)
+        tl.debug_barrier()
+        for other in range(0, padded, TILE):
+            j = other + t
+            outside = (j < padded) & ((j < begin) | (j >= begin + PANEL))
+            to = base + (begin + p)[:, None] * padded + j[None, :]
+            rows = tl.load(to, mask=outside[None, :], other=0.0)
+            tl.store(to, tl.dot(corner, rows, input_precision="ieee"), mask=outside[None, :])
+        tl.debug_barrier()
+        for down in range(0, padded, TILE):
+            i = down + t
+            below = (i < padded) & ((i < begin) | (i >= begin + PANEL))
+            from_columns = base + i[:, None] * padded + (begin + p)[None, :]
+            columns = tl.load(from_columns, mask=below[:, None], other=0.0)
+            for other in range(0, padded, TILE):
+                j = other + t
+                outside = (j < padded) & ((j < begin) | (j >= begin + PANEL))
+                rows = tl.load(base + (begin + p)[:, None] * padded + j[None, :], mask=outside[None, :], other=0.0)
+                to = base + i[:, None] * padded + j[None, :]
+                both = below[:, None] & outside[None, :]
+                rest = tl.load(to, mask=both, other=0.0)
+                tl.store(to, rest - tl.dot(columns, rows, input_precision="ieee"), mask=both)
+            tl.debug_barrier()
+            tl.store(from_columns, -tl.dot(columns, corner, input_precision="ieee"), mask=below[:, None])
+        tl.store(here, corner)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["longest"])
+def _weights_kernel(
+    LENGTH,
+    COUNT,
+    COVARIANCE,
+    INVERSE,
+    WEIGHTS,
+    longest,
+    padded,
+    TILE: tl.constexpr,
+    PANEL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    piece = tl.program_id(0)
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    j = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    count = tl.load(COUNT + piece)
+    inside = i < tl.load(LENGTH + piece)
+    p = tl.arange(0, PANEL)
+    covariance = COVARIANCE + piece.to(tl.int64) * longest * padded + i[:, None] * padded
+    inverse = INVERSE + piece.to(tl.int64) * padded * padded + j[None, :]
+    weights = tl.zeros([TILE, TILE], tl.float32)
+    for k in range(0, count, PANEL):
+        c = tl.load(covariance + (k + p)[None, :], mask=inside[:, None], other=0.0)
+        a = tl.load(inverse + (k + p)[:, None] * padded, mask=(j < padded)[None, :], other=0.0)
+        weights = tl.dot(c, a, weights, input_precision=PRECISION)
+    to = WEIGHTS + piece.to(tl.int64) * longest * padded + i[:, None] * padded + j[None, :]
+    tl.store(to, weights.to(WEIGHTS.dtype.element_ty), mask=inside[:, None] & (j < padded)[None, :])
+
+
+@triton.jit(do_not_specialize=["longest"])
+def _shift_kernel(
+    START,
+    LENGTH,
+    FIRST,
+    COUNT,
+    FRESH,
+    IS_FRESH,
+    OFFSETS,
+    HELD,
+    COMPUTED,
+    WEIGHTS,
+    held_head,
+    computed_row,
+    computed_head,
+    longest,
+    padded,
+    DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILE: tl.constexpr,
+    PANEL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile's rows of one head of K, or of V. Fresh rows stay: others go by them, and they are overwritten next."""
+    piece = tl.program_id(0)
+    head = tl.program_id(2)
+    length = tl.load(LENGTH + piece)
+    start = tl.load(START + piece)
+    first = tl.load(FIRST + piece)
+    count = tl.load(COUNT + piece)
+    held = HELD + head * held_head
+    computed = COMPUTED + head * computed_head
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = i < length
+    d = tl.arange(0, DIM)
+    p = tl.arange(0, PANEL)
+    kind = HELD.dtype.element_ty
+    weights = WEIGHTS + piece.to(tl.int64) * longest * padded + i[:, None] * padded
+    shift = tl.zeros([TILE, DIM], tl.float32)
+    for k in range(0, count, PANEL):
+        chosen = k + p < count
+        fresh = tl.load(FRESH + first + k + p, mask=chosen, other=0)
+        at = tl.multiple_of(tl.load(OFFSETS + fresh, mask=chosen, other=0), ALIGN)
+        before = tl.load(held + at[:, None] + d[None, :], mask=chosen[:, None], other=0.0).to(tl.float32)
+        source = computed + (first + k + p)[:, None].to(tl.int64) * computed_row + d[None, :]
+        change = tl.load(source, mask=chosen[:, None], other=0.0).to(tl.float32) - before
+        w = tl.load(weights + (k + p)[None, :], mask=inside[:, None], other=0.0)
+        shift = tl.dot(w, change.to(kind), shift, input_precision=PRECISION)
+    row = start + i
+    moves = inside & (tl.load(IS_FRESH + row, mask=inside, other=1) == 0)
+    at = tl.multiple_of(tl.load(OFFSETS + row, mask=moves, other=0), ALIGN)
+    to = held + at[:, None] + d[None, :]
+    moved = tl.load(to, mask=moves[:, None], other=0.0).to(tl.float32) + shift
+    tl.store(to, moved.to(kind), mask=moves[:, None])
+
+
+def can_krige(kv: KVRows, most: int) -> bool:
+    """Whether :func:`krige` takes pieces of ``most`` fresh rows at most."""
+    dim = kv.dim
+    return most <= MAX_FRESH and dim == kv.value_dim and dim in (16, 32, 64, 128, 256)
+
+
+def krige(
+    kv: KVRows,
+    pieces: Pieces,
+    fresh_keys: torch.Tensor,
+    fresh_values: torch.Tensor,
+    *,
+    passage: float,
+    local: float,
+    width: float,
+    alike: float,
+    reach: float,
+    noise: float,
+) -> None:
+    """Shift the rows of ``pieces`` that are not fresh by what the fresh ones show, in place.
+
+    ``fresh_keys`` and ``fresh_values`` are ``[number of fresh rows of the batch, kv_heads, dim]``, last dim dense; the
+    fresh rows of ``kv`` still hold what was moved.
+    """
+    count, padded, device = len(pieces.start), pieces.padded, fresh_keys.device
+    tiles, fresh_tiles = triton.cdiv(pieces.longest, _TILE), triton.cdiv(padded, _TILE)
+    wide = torch.float32
+    sums = torch.empty((count, tiles, 2), dtype=wide, device=device)
+    covariance = torch.empty((count, pieces.longest, padded), dtype=wide, device=device)
+    among = torch.empty((count, padded, padded), dtype=wide, device=device)
+    weights = torch.empty(covariance.shape, dtype=kv.keys.dtype, device=device)
+    exact = "ieee" if kv.keys.dtype == torch.float32 else "tf32"
+    shape = {"HEADS": kv.num_heads, "DIM": kv.dim, "ALIGN": kv.alignment, "TILE": _TILE}
+    _sums_kernel[(count, tiles)](
+        pieces.start, pieces.length, kv.offsets, kv.keys, sums, kv.key_head_stride, **shape, num_warps=4
+    )
+    for among_fresh in (True, False):
+        _covariance_kernel[(count, fresh_tiles if among_fresh else tiles, fresh_tiles)](
+            pieces.start,
+            pieces.length,
+            pieces.first,
+            pieces.count,
+            pieces.fresh,
+            kv.offsets,
+            kv.keys,
+            sums,
+            covariance,
+            among,
+            passage,
+            local,
+            width,
+            alike,
+            reach,
+            noise,
+            kv.key_head_stride,
+            pieces.longest,
+            padded,
+            tiles,
+            **shape,
+            BLOCK_TILES=triton.next_power_of_2(tiles),
+            PRECISION=exact,
+            AMONG_FRESH=among_fresh,
+            num_warps=4,
+        )
+    _inverse_kernel[(count,)](pieces.count, among, padded, PANEL=_PANEL, TILE=_TILE, num_warps=4)
+    _weights_kernel[(count, tiles, fresh_tiles)](
+        pieces.length,
+        pieces.count,
+        covariance,
+        among,
+        weights,
+        pieces.longest,
+        padded,
+        TILE=_TILE,
+        PANEL=_PANEL,
+        # The sums cancel: what tf32 leaves out would be seen.
+        PRECISION="tf32x3" if device.type == "cuda" else "ieee",
+        num_warps=4,
+    )
+    for held, head_stride, computed in (
+        (kv.keys, kv.key_head_stride, fresh_keys),
+        (kv.values, kv.value_head_stride, fresh_values),
+    ):
+        _shift_kernel[(count, tiles, kv.num_heads)](
+            pieces.start,
+            pieces.length,
+            pieces.first,
+            pieces.count,
+            pieces.fresh,
+            pieces.is_fresh,
+            kv.offsets,
+            held,
+            computed,
+            weights,
+            head_stride,
+            computed.stride(0),
+            computed.stride(1),
+            pieces.longest,
+            padded,
+            DIM=kv.dim,
+            ALIGN=kv.alignment,
+            TILE=_TILE,
+            PANEL=_PANEL,
+            PRECISION=exact,
+            num_warps=4,
+        )

@@ -1,0 +1,57 @@
+"""Kriging by kernels, by torch for many passages, and passage by passage: the same shifts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmcache.blend.correctors import kriging_rows
+from lmcache.blend.correctors.interface import LayerCorrection, RowCorrection
+from lmcache.blend.correctors.kriging import KrigingCorrector
+from tests.kernels.needs_triton import DEVICE, require
+
+require()
+
+from lmcache.kernels.kv_read import read  # noqa: E402 - needs Triton
+from lmcache.kernels.kv_rows import KVRows  # noqa: E402
+from lmcache.kernels.kv_write import write  # noqa: E402
+
+
+class Rows:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.kernel_rows = KVRows.of_tensors(keys, values)
+
+    def read(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return read(self.kernel_rows, rows)
+
+    def add(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        write(keys, values, rows, self.kernel_rows, add=True)
+
+
+@pytest.mark.parametrize("alike", [1.0, 0.0])
+@pytest.mark.parametrize("longest", [1024, 50])
+@pytest.mark.parametrize("share", [0.02, 0.25, 1.0])
+def test_one_by_one_and_together(alike: float, longest: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache.blend.correctors.kriging._LONGEST", longest)
+    torch.manual_seed(0)
+    spans = ((0, 130), (135, 150), (160, 300))
+    keys, values = torch.randn(2, 300, 2, 16, device=DEVICE)
+    rows = torch.randperm(300)[: int(300 * share)].sort().values
+    fresh_keys, fresh_values = torch.randn(2, len(rows), 2, 16, device=DEVICE)
+    corrector = KrigingCorrector(alike=alike)
+    expected = keys.clone(), values.clone()
+    corrector.correct(
+        LayerCorrection(
+            0, *expected, rows.to(DEVICE), fresh_keys, fresh_values, spans, torch.arange(300, device=DEVICE), None
+        )
+    )
+    kept = torch.ones(300, dtype=torch.bool)
+    kept[rows] = False
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(kriging_rows, "kernels_for", lambda _: False)
+        ours = keys.clone(), values.clone()
+        corrector.correct_rows(RowCorrection(0, Rows(*ours), rows, fresh_keys, fresh_values, spans, {}))
+        for name, theirs, got, before in zip("KV", expected, ours, (keys, values), strict=True):
+            torch.testing.assert_close(got[kept], theirs[kept], atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+            assert share == 1.0 or not torch.equal(got[kept], before[kept])
