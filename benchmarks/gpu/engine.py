@@ -7,13 +7,13 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.setup import CPU_ENVIRONMENT, ENVIRONMENT, Setup, transfer_options
 
-MAX_SETTLE_SECONDS = 60.0
+MAX_SETTLE_SECONDS, MAX_RESET_SECONDS = 60.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,17 @@ class Engine:
         seconds = time.perf_counter() - start
         return Answer(seconds, list(output.outputs[0].token_ids), output.num_cached_tokens or 0, report_of(output))
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something, for a request or for a connector that still moves bytes."""
+        inner = self.core.engine_core.engine_core
+        # With asynchronous scheduling a batch may be under way that no request waits for.
+        return bool(inner.scheduler.has_requests() or inner.batch_queue)
+
     def settle(self) -> None:
         """Let every store end: ours and vLLM's are under way when the first token is there."""
         end = time.monotonic() + MAX_SETTLE_SECONDS
-        scheduler = self.core.engine_core.engine_core.scheduler
-        while scheduler.has_requests():
+        while self.has_work:
             if time.monotonic() > end:
                 raise RuntimeError(f"vLLM still has work after {MAX_SETTLE_SECONDS:.0f} s without a request")
             self.core.step()
@@ -91,9 +97,12 @@ class Engine:
         Raises:
             RuntimeError: vLLM refused, so a reload would not be one.
         """
+        end = time.monotonic() + MAX_RESET_SECONDS
         self.settle()
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache: blocks are still in use")
+        while not self.llm.reset_prefix_cache():
+            if time.monotonic() > end:
+                raise RuntimeError("vLLM did not reset its prefix cache: blocks are still in use")
+            self.core.step()
 
 
 def report_of(output: Any) -> dict[str, Any] | None:
@@ -110,6 +119,40 @@ def synchronize() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def started(engine: Engine) -> dict[str, Any]:
+    """The first thing that a variant's process tells."""
+    return {
+        "machine": machine(),
+        "start_seconds": engine.start_seconds,
+        "setup": asdict(engine.setup),
+        "kv_bytes_per_token": engine.setup.kv_bytes_per_token,
+        "pinned_copy_gb_s": pinned_copy(),
+    }
+
+
+def pinned_copy() -> dict[str, float]:
+    """GB/s of plain copies of 512 MiB between pinned host memory and the GPU; nothing without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    host = torch.zeros(512 << 20, dtype=torch.uint8, pin_memory=True)
+    device = torch.zeros_like(host, device="cuda")
+    speeds: dict[str, float] = {}
+    for name, target, source in (("host to device", device, host), ("device to host", host, device)):
+        taken = []
+        for _ in range(5):
+            synchronize()
+            start = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            synchronize()
+            taken.append(time.perf_counter() - start)
+        speeds[name] = host.numel() / min(taken) / 1e9
+    del host, device
+    torch.cuda.empty_cache()
+    return speeds
 
 
 def machine() -> str:

@@ -17,10 +17,9 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
-from benchmarks.gpu.engine import Answer, Engine, machine
+from benchmarks.gpu.engine import Answer, Engine, started
 from benchmarks.gpu.prompts import QUESTION_TOKENS, SYSTEM_TOKENS, Prompts
 from benchmarks.gpu.setup import OFFLOADING, OURS, PLAIN, Setup, parser, whole_numbers
 from benchmarks.gpu.variants import Cell, replies, run_variants
@@ -152,12 +151,13 @@ def main() -> None:
             "document_tokens": document,
             "host_gib": options.host_gib,
             "graphs": options.graphs,
+            "tiny": options.tiny,
             "extra": options.extra,
             "dynamic": options.dynamic,
         }
         run_variants("ttft", options.variants, options.out, settings, options.limit, line)
         return
-    reply = replies()
+    reply = replies(options.limit)
     setup = Setup(
         options.variant,
         options.host_gib,
@@ -169,7 +169,7 @@ def main() -> None:
         extra=options.extra,
     )
     engine = Engine(setup)
-    reply({"machine": machine(), "start_seconds": engine.start_seconds, "setup": asdict(setup)})
+    reply(started(engine))
     for found in measure(engine, options.lengths, options.runs, document):
         reply(found)
 

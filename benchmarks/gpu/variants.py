@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import subprocess
@@ -59,8 +60,12 @@ def run_variants(
         raise SystemExit(1)
 
 
-def replies() -> Callable[[dict[str, Any]], None]:
-    """How a variant's process tells what it found. What else it prints goes to standard error from now on."""
+def replies(limit: float) -> Callable[[dict[str, Any]], None]:
+    """How a variant's process tells what it found. What else it prints goes to standard error from now on.
+
+    After ``limit`` seconds it says where it stands and ends.
+    """
+    faulthandler.dump_traceback_later(limit, exit=True)
     stream: TextIO = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -74,7 +79,7 @@ def _messages(benchmark: str, name: str, limit: float) -> Iterator[dict[str, Any
     """What the process says, and last its exit status."""
     command = [sys.executable, "-m", f"benchmarks.gpu.{benchmark}", *sys.argv[1:], "--variant", name]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    timer = threading.Timer(limit, child.kill)
+    timer = threading.Timer(limit + 20, child.kill)
     timer.start()
     try:
         assert child.stdout is not None
