@@ -1,0 +1,1 @@
+"""Benchmarks that are run by hand; ``lmcache bench`` has those that users run."""
