@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from lmcache.kernels.availability import kernels_for
 from lmcache.paging.block_connector import BlockConnector
 from lmcache.paging.layout import KVLayout
 from lmcache.paging.paged_connector import PagedConnector
+from lmcache.paging.staged_connector import StagedConnector
 from lmcache.paging.token_connector import TokenConnector
 
 
@@ -35,4 +37,6 @@ def make_connector(
             f"{chunk_size} must be a multiple of the engine's block size {kv_layout.block_size}"
             + ("" if on_cpu else f", and the pages are on {tensors[0].device}")
         )
+    if tensors[0].device.type == "cuda" and kernels_for(tensors[0].device) and kv_layout.planes[0].strides[3] == 1:
+        return StagedConnector(kv_layout, tensors)
     return TokenConnector(kv_layout, tensors)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import torch
 
@@ -12,8 +11,6 @@ from lmcache.memory.memory_obj import MemoryObj
 from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.paging.layout import KVLayout
 from lmcache.paging.token_copy import TokenIndex, read_tokens, slot_view, write_tokens
-
-Move: TypeAlias = Callable[[MemoryObj, torch.Tensor, range], None]
 
 
 class PagedConnector(GPUConnectorInterface):
@@ -89,12 +86,12 @@ class PagedConnector(GPUConnectorInterface):
     def batched_from_gpu(
         self, objs: Sequence[MemoryObj], ranges: Sequence[tuple[int, int]], slot_mapping: torch.Tensor
     ) -> None:
-        self._move(self._gather, self._all_layers, objs, ranges, slot_mapping)
+        self._move(False, self._all_layers, objs, ranges, slot_mapping)
 
     def batched_to_gpu(
         self, objs: Sequence[MemoryObj], ranges: Sequence[tuple[int, int]], slot_mapping: torch.Tensor
     ) -> None:
-        self._move(self._scatter, self._all_layers, objs, ranges, slot_mapping)
+        self._move(True, self._all_layers, objs, ranges, slot_mapping)
 
     def layer_from_gpu(
         self,
@@ -103,7 +100,7 @@ class PagedConnector(GPUConnectorInterface):
         ranges: Sequence[tuple[int, int]],
         slot_mapping: torch.Tensor,
     ) -> None:
-        self._move(self._gather, self._one_layer(layer), objs, ranges, slot_mapping)
+        self._move(False, self._one_layer(layer), objs, ranges, slot_mapping)
 
     def layer_to_gpu(
         self,
@@ -112,7 +109,7 @@ class PagedConnector(GPUConnectorInterface):
         ranges: Sequence[tuple[int, int]],
         slot_mapping: torch.Tensor,
     ) -> None:
-        self._move(self._scatter, self._one_layer(layer), objs, ranges, slot_mapping)
+        self._move(True, self._one_layer(layer), objs, ranges, slot_mapping)
 
     def _one_layer(self, layer: int) -> range:
         if not 0 <= layer < self.num_layers:
@@ -121,7 +118,7 @@ class PagedConnector(GPUConnectorInterface):
 
     def _move(
         self,
-        move: Move,
+        to_pages: bool,
         layers: range,
         objs: Sequence[MemoryObj],
         ranges: Sequence[tuple[int, int]],
@@ -138,5 +135,16 @@ class PagedConnector(GPUConnectorInterface):
                     f"chunk of {obj.spec} for tokens [{start}, {end}), which need {self.spec(end - start)}"
                 )
             self._check_slots(mapping[start:end])
+        self._move_checked(to_pages, layers, objs, ranges, mapping)
+
+    def _move_checked(
+        self,
+        to_pages: bool,
+        layers: range,
+        objs: Sequence[MemoryObj],
+        ranges: Sequence[tuple[int, int]],
+        slots: torch.Tensor,
+    ) -> None:
+        move = self._scatter if to_pages else self._gather
         for obj, (start, end) in zip(objs, ranges, strict=True):
-            move(obj, mapping[start:end], layers)
+            move(obj, slots[start:end], layers)

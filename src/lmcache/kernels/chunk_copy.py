@@ -1,0 +1,109 @@
+"""Whole chunks between a dense staging buffer and an engine's pages, all layers in one launch.
+
+Reference: :class:`lmcache.paging.token_connector.TokenConnector`, which moves token by token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class PageAddresses:
+    """Where the planes of an engine's layers lie. What is moved are machine words of ``word`` (an integer type).
+
+    ``bases``: int64 ``[layers, planes]`` on the device, the address of each plane's first word. A token's head is
+    ``head_words`` words, ``head_strides[p]`` words behind the one before it. ``alignment``: bytes that every base, and
+    words that every stride and offset, are multiples of.
+    """
+
+    bases: torch.Tensor
+    word: torch.dtype
+    num_heads: int
+    head_words: int
+    head_strides: tuple[int, ...]
+    alignment: int
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first_layer", "total_tokens"])
+def _copy_kernel(
+    STAGED,
+    BASES,
+    OFFSETS,
+    num_tokens,
+    total_tokens,
+    first_layer,
+    head_stride,
+    plane,
+    PLANES: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TO_PAGES: tl.constexpr,
+):
+    layer = tl.program_id(1)
+    r = tl.program_id(0) * TOKENS * BLOCK_H + tl.arange(0, TOKENS * BLOCK_H)
+    t = r // BLOCK_H
+    h = r % BLOCK_H
+    inside = (t < num_tokens) & (h < HEADS)
+    at = tl.load(OFFSETS + plane * total_tokens + t, mask=inside, other=-1)
+    moves = inside & (at >= 0)
+    at = tl.multiple_of(at, ALIGN)
+    w = tl.arange(0, BLOCK_W)
+    mask = moves[:, None] & (w < WORDS)[None, :]
+    base = tl.load(BASES + (first_layer + layer) * PLANES + plane)
+    pages = tl.multiple_of(base, 16).to(tl.pointer_type(STAGED.dtype.element_ty))
+    in_pages = (pages + at + h * head_stride)[:, None] + w[None, :]
+    dense = ((layer * PLANES + plane).to(tl.int64) * num_tokens + t) * (HEADS * WORDS) + h * WORDS
+    in_staged = (STAGED + dense)[:, None] + w[None, :]
+    if TO_PAGES:
+        tl.store(in_pages, tl.load(in_staged, mask=mask, other=0), mask=mask)
+    else:
+        tl.store(in_staged, tl.load(in_pages, mask=mask, other=0), mask=mask)
+
+
+def copy_chunk(
+    staged: torch.Tensor,
+    pages: PageAddresses,
+    offsets: torch.Tensor,
+    total_tokens: int,
+    layers: range,
+    *,
+    to_pages: bool,
+) -> None:
+    """Args:
+    staged: ``[layers, planes, tokens, heads · words]``, dense, on the device, of the word type.
+    offsets: int64 on the device: the words from a plane's base to each token, −1 for a token that is left out. That of
+        token ``t`` in plane ``p`` is ``offsets[p · total_tokens + t]``.
+    layers: of the engine, those in ``staged``.
+    """
+    _, planes, num_tokens, _ = staged.shape
+    for plane in range(planes):
+        _copy_kernel[(triton.cdiv(num_tokens, _BLOCK_TOKENS), len(layers))](
+            staged,
+            pages.bases,
+            offsets,
+            num_tokens,
+            total_tokens,
+            layers.start,
+            pages.head_strides[plane],
+            plane,
+            PLANES=planes,
+            HEADS=pages.num_heads,
+            BLOCK_H=triton.next_power_of_2(pages.num_heads),
+            WORDS=pages.head_words,
+            BLOCK_W=triton.next_power_of_2(pages.head_words),
+            ALIGN=pages.alignment,
+            TOKENS=_BLOCK_TOKENS,
+            TO_PAGES=to_pages,
+            num_warps=4,
+        )

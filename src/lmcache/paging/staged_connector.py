@@ -1,0 +1,190 @@
+"""Chunks of pages on a GPU: one copy a chunk over the bus, then one kernel for all its layers."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from lmcache.memory.memory_obj import MemoryObj
+from lmcache.paging.layout import KVLayout
+from lmcache.paging.token_connector import TokenConnector
+
+if TYPE_CHECKING:
+    from lmcache.kernels.chunk_copy import PageAddresses
+
+_DEPTH = 3
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+class _Buffer:
+    """Room for a chunk on the device; ``free`` is the event of whoever used it last."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.free: torch.cuda.Event | None = None
+
+
+class _Ring:
+    """The buffers of one direction, and the stream of its copies over the bus. One call at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lock = threading.Lock()
+        self._buffers = [_Buffer() for _ in range(_DEPTH)]
+        self._next = 0
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def take(self, nbytes: int) -> _Buffer:
+        """The next buffer. Work on it must wait for its ``free``."""
+        buffer = self._buffers[self._next]
+        self._next = (self._next + 1) % _DEPTH
+        if len(buffer.bytes) < nbytes:
+            buffer.bytes = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            buffer.free = None
+            if self.stream is not None:
+                # Memory that torch gives out again is free for the current stream only.
+                self.stream.wait_stream(torch.cuda.current_stream(self.device))
+                buffer.bytes.record_stream(self.stream)
+        return buffer
+
+
+class StagedConnector(TokenConnector):
+    """Chunks as those of :class:`TokenConnector`, moved at the speed of the bus.
+
+    Pages are written by work on torch's current stream, after all that is queued there. They are read after that too,
+    and what was read is in host memory when the call returns. Chunks that are not pinned are moved more slowly.
+    """
+
+    def __init__(self, kv_layout: KVLayout, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(kv_layout, tensors)
+        self._in, self._out = _Ring(self._device), _Ring(self._device)
+        views = [kv_layout.plane_views(tensors, layer) for layer in self._all_layers]
+        self._views = views  # what the kernels' addresses point at
+        itemsize = kv_layout.dtype.itemsize
+        self._row_bytes = kv_layout.num_heads * kv_layout.head_dim * itemsize
+        strides = [stride * itemsize for plane in kv_layout.planes for stride in plane.strides[:3]]
+        bases = [view.data_ptr() for planes in views for view in planes]
+        if any(plane.strides[3] != 1 for plane in kv_layout.planes):
+            raise ValueError(f"layout {kv_layout.name!r}: the elements of a head do not lie one after the other")
+        self._word_bytes = math.gcd(8, kv_layout.head_dim * itemsize, *strides, *bases)
+
+    @cached_property
+    def _pages(self) -> PageAddresses:
+        from lmcache.kernels.chunk_copy import PageAddresses
+
+        at, word = self.kv_layout, self._word_bytes
+        itemsize = at.dtype.itemsize
+        bases = torch.tensor([[view.data_ptr() for view in planes] for planes in self._views])
+        words = [stride * itemsize // word for plane in at.planes for stride in plane.strides[:3]]
+        aligned = all(int(base) % 16 == 0 for base in bases.flatten())
+        return PageAddresses(
+            bases=bases.to(self._device),
+            word=_WORDS[word],
+            num_heads=at.num_heads,
+            head_words=at.head_dim * itemsize // word,
+            head_strides=tuple(plane.strides[2] * itemsize // word for plane in at.planes),
+            alignment=math.gcd(16 // word, *words) if aligned else 1,
+        )
+
+    def _move_checked(
+        self,
+        to_pages: bool,
+        layers: range,
+        objs: Sequence[MemoryObj],
+        ranges: Sequence[tuple[int, int]],
+        slots: torch.Tensor,
+    ) -> None:
+        if not objs:
+            return
+        ring = self._in if to_pages else self._out
+        with ring.lock:
+            offsets = self._offsets(slots)
+            at = offsets.view(-1)
+            for obj, (start, end) in zip(objs, ranges, strict=True):
+                holes = not to_pages and bool((slots[start:end] < 0).any())
+                self._move_chunk(ring, to_pages, layers, obj, at[start:], len(slots), holes)
+            if not to_pages and ring.stream is not None:
+                ring.stream.synchronize()
+
+    def _move_chunk(
+        self,
+        ring: _Ring,
+        to_pages: bool,
+        layers: range,
+        obj: MemoryObj,
+        offsets: torch.Tensor,
+        total_tokens: int,
+        holes: bool,
+    ) -> None:
+        from lmcache.kernels.chunk_copy import copy_chunk
+
+        planes, num_tokens = len(self.kv_layout.planes), obj.spec.num_tokens
+        layer_bytes = planes * num_tokens * self._row_bytes
+        kept = obj.bytes[layers.start * layer_bytes : layers.stop * layer_bytes]
+        buffer = ring.take(len(kept))
+        there = buffer.bytes[: len(kept)]
+        staged = there.view(self._pages.word).view(len(layers), planes, num_tokens, -1)
+        if to_pages:
+            with _on(ring.stream):
+                _after(buffer.free, ring.stream)
+                there.copy_(kept, non_blocking=True)
+                arrived = _event(ring.stream)
+            current = self._current()
+            _after(arrived, current)
+            copy_chunk(staged, self._pages, offsets, total_tokens, layers, to_pages=True)
+            buffer.free = _event(current)
+        else:
+            current = self._current()
+            _after(buffer.free, current)
+            if holes:  # what has no slot keeps its place in the chunk as it was
+                there.copy_(kept)
+            copy_chunk(staged, self._pages, offsets, total_tokens, layers, to_pages=False)
+            gathered = _event(current)
+            with _on(ring.stream):
+                _after(gathered, ring.stream)
+                kept.copy_(there, non_blocking=True)
+                buffer.free = _event(ring.stream)
+
+    def _offsets(self, slots: torch.Tensor) -> torch.Tensor:
+        """int64 ``[planes, T]`` on the device: words from a plane's base to each token, −1 without a slot."""
+        at = self.kv_layout
+        scale = at.dtype.itemsize // self._word_bytes if at.dtype.itemsize >= self._word_bytes else 0
+        blocks, inside = slots // at.block_size, slots % at.block_size
+        planes = []
+        for plane in at.planes:
+            elements = blocks * plane.strides[0] + inside * plane.strides[1]
+            words = elements * scale if scale else elements * at.dtype.itemsize // self._word_bytes
+            planes.append(torch.where(slots < 0, -1, words))
+        offsets = torch.stack(planes)
+        if self._device.type == "cuda":
+            offsets = offsets.pin_memory()
+        return offsets.to(self._device, non_blocking=True)
+
+    def _current(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def _event(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    if stream is None:
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def _after(event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
+    if event is not None and stream is not None:
+        stream.wait_event(event)
