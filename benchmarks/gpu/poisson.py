@@ -44,7 +44,7 @@ def measure(
         found = figures(asked, rate, window, seconds)
         if blends:
             found["blended"] = sum(was_blended(request) for request in asked)
-            found["sound"] = found["blended"] > 0.9 * found["finished"]
+            found["sound"] = found["blended"] >= 0.9 * found["finished"]
         yield found
         if found["p99"] > stop:
             return
