@@ -26,7 +26,8 @@ def choose_passages(
     """The passages to blend the tokens ``[exact_tokens, end)`` with."""
     passages = found.held(exact_tokens, end, config.blend_min_tokens)
     reused = int(covered(passages, end).sum())
-    if not reused:
+    # A few tokens behind an exact prefix, the end of a prompt asked again, say, are computed sooner than blended.
+    if reused < config.blend_min_tokens:
         return Declined("no_passage", f"no known passage of {config.blend_min_tokens} tokens or more")
     if reused < config.blend_min_coverage * (end - exact_tokens):
         share = reused / (end - exact_tokens)

@@ -13,7 +13,7 @@ from lmcache.kernels.kv_rows import KVRows
 
 _TILE = 64
 _PANEL = 16
-MAX_FRESH = 256
+MAX_FRESH = 512
 """Fresh rows a piece: its matrix is inverted by one program, in the cache of one multiprocessor."""
 
 
@@ -347,7 +347,7 @@ def krige(
             AMONG_FRESH=among_fresh,
             num_warps=4,
         )
-    _inverse_kernel[(count,)](pieces.count, among, padded, PANEL=_PANEL, TILE=_TILE, num_warps=4)
+    _inverse_kernel[(count,)](pieces.count, among, padded, PANEL=_PANEL, TILE=_TILE, num_warps=4, num_stages=1)
     _weights_kernel[(count, tiles, fresh_tiles)](
         pieces.length,
         pieces.count,

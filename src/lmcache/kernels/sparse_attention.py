@@ -28,7 +28,7 @@ def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.const
     return s * _LOG2_E
 
 
-@triton.jit(do_not_specialize=["num_queries", "window", "out_split", "lse_split"])
+@triton.jit(do_not_specialize=["num_queries", "window", "out_split", "lse_split", "splits"])
 def _attend_kernel(
     Q,
     K,
@@ -51,6 +51,7 @@ def _attend_kernel(
     lse_split,
     k_head,
     v_head,
+    splits,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -63,8 +64,7 @@ def _attend_kernel(
     HAS_KNOWN: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    WITH_LSE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -91,9 +91,9 @@ def _attend_kernel(
     # Up to here every query sees every key, as far as positions go.
     seen = (first + 1) // BLOCK_N * BLOCK_N
     end = last + 1
-    if SPLITS > 1:
+    if IS_SPLIT:
         blocks = (end - start + BLOCK_N - 1) // BLOCK_N
-        each = (blocks + SPLITS - 1) // SPLITS * BLOCK_N
+        each = (blocks + splits - 1) // splits * BLOCK_N
         start += split * each
         end = tl.minimum(end, start + each)
     unmasked_end = start
@@ -159,7 +159,7 @@ def _attend_kernel(
         acc.to(OUT.dtype.element_ty),
         mask=there[:, None] & (d < V_DIM)[None, :],
     )
-    if WITH_LSE:
+    if IS_SPLIT:
         lse = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), _HIDDEN)
         tl.store(LSE + split * lse_split + query * HEADS + head, lse / _LOG2_E, mask=there)
 
@@ -222,6 +222,7 @@ def sparse_attention(
         lse.stride(0),
         kv.key_head_stride,
         kv.value_head_stride,
+        splits,
         HEADS=heads,
         GROUP=group,
         DIM=dim,
@@ -234,8 +235,7 @@ def sparse_attention(
         HAS_KNOWN=known is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
-        WITH_LSE=splits > 1,
-        SPLITS=splits,
+        IS_SPLIT=splits > 1,
         STAGES=stages,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps,
@@ -252,7 +252,7 @@ def _blocks(rows: int, block_d: int, dtype: torch.dtype) -> tuple[int, int, int,
         return 32, 32, 4, 1
     if block_d > 128:
         return 64, 64, 4, 2
-    return (128, 128, 8, 3) if rows > 64 else (64, 64, 4, 3)
+    return (128, 128, 8, 2) if rows > 64 else (64, 64, 4, 3)
 
 
 def _splits(programs: int, num_keys: int, block_n: int, device: torch.device) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +30,17 @@ class Covariance:
     noise: float
 
 
+class Piece(NamedTuple):
+    """Rows ``start …`` of the batch, of which those at ``own`` (int64, counted from ``start``) are fresh: ``first …``
+    of the fresh tensors."""
+
+    start: int
+    num_rows: int
+    first: int
+    num_fresh: int
+    own: torch.Tensor
+
+
 class PieceBatch:
     """Pieces of passages side by side: ``S`` of at most ``n`` rows, of which at most ``m`` are fresh.
 
@@ -37,22 +49,21 @@ class PieceBatch:
     ``is_fresh`` (bool ``[S, m]``) is False.
     """
 
-    def __init__(self, pieces: Sequence[tuple[int, int, int, int, torch.Tensor]], device: torch.device) -> None:
-        """``pieces``: first and last row, first and last fresh one, and the fresh ones counted from the first row."""
-        rows = max(end - start for start, end, *_ in pieces)
-        most = max(last - first for _, _, first, last, _ in pieces)
+    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
+        rows = max(piece.num_rows for piece in pieces)
+        most = max(piece.num_fresh for piece in pieces)
         tokens = torch.full((len(pieces), rows), -1, dtype=torch.int32)
         fresh = torch.zeros((len(pieces), most), dtype=torch.int64)
         computed = torch.zeros((len(pieces), most), dtype=torch.int64)
         is_fresh = torch.zeros((len(pieces), most), dtype=torch.bool)
-        for index, (start, end, first, last, own) in enumerate(pieces):
-            tokens[index, : end - start] = torch.arange(start, end)
-            fresh[index, : last - first] = own
-            computed[index, : last - first] = torch.arange(first, last)
-            is_fresh[index, : last - first] = True
+        for index, piece in enumerate(pieces):
+            tokens[index, : piece.num_rows] = torch.arange(piece.start, piece.start + piece.num_rows)
+            fresh[index, : piece.num_fresh] = piece.own
+            computed[index, : piece.num_fresh] = torch.arange(piece.first, piece.first + piece.num_fresh)
+            is_fresh[index, : piece.num_fresh] = True
         self.tokens, self.fresh = tokens.to(device), fresh.to(device)
         self.computed, self.is_fresh = computed.to(device), is_fresh.to(device)
-        self.num_rows = torch.tensor([end - start for start, end, *_ in pieces], device=device, dtype=torch.float32)
+        self.num_rows = torch.tensor([piece.num_rows for piece in pieces], device=device, dtype=torch.float32)
 
     @cached_property
     def weight(self) -> torch.Tensor:
@@ -72,12 +83,29 @@ def correct_pieces(layer: RowCorrection, of: Covariance, longest: int) -> None:
     key = ("kriging", layer.spans, of)
     correct = layer.memo.get(key)
     if correct is None:
-        correct = layer.memo[key] = _by_kernels(layer, longest, of) or _by_torch(layer, longest, of)
+        correct = layer.memo[key] = _made(layer, longest, of)
     correct(layer)
 
 
-def _by_torch(layer: RowCorrection, longest: int, of: Covariance) -> Callable[[RowCorrection], None]:
-    made = [PieceBatch(pieces, layer.fresh_keys.device) for pieces in _batches(layer, longest)]
+def _made(layer: RowCorrection, longest: int, of: Covariance) -> Callable[[RowCorrection], None]:
+    pieces = _pieces(layer, longest)
+    if not kernels_for(layer.fresh_keys.device):
+        return _by_torch(layer, pieces, of)
+    from lmcache.kernels.kriging import can_krige
+
+    small = [piece for piece in pieces if can_krige(layer.kv.kernel_rows, piece.num_fresh)]
+    large = [piece for piece in pieces if not can_krige(layer.kv.kernel_rows, piece.num_fresh)]
+    ways = [way(layer, some, of) for way, some in ((_by_kernels, small), (_by_torch, large)) if some]
+
+    def correct(layer: RowCorrection) -> None:
+        for way in ways:
+            way(layer)
+
+    return correct
+
+
+def _by_torch(layer: RowCorrection, pieces: list[Piece], of: Covariance) -> Callable[[RowCorrection], None]:
+    made = [PieceBatch(batch, layer.fresh_keys.device) for batch in _batches(pieces)]
     batches = [(batch, batch.nearness(of)) for batch in made]
 
     def correct(layer: RowCorrection) -> None:
@@ -87,31 +115,23 @@ def _by_torch(layer: RowCorrection, longest: int, of: Covariance) -> Callable[[R
     return correct
 
 
-def _by_kernels(layer: RowCorrection, longest: int, of: Covariance) -> Callable[[RowCorrection], None] | None:
-    device = layer.fresh_keys.device
-    if not kernels_for(device):
-        return None
-    from lmcache.kernels.kriging import Pieces, can_krige, krige
+def _by_kernels(layer: RowCorrection, pieces: list[Piece], of: Covariance) -> Callable[[RowCorrection], None]:
+    from lmcache.kernels.kriging import Pieces, krige
 
-    batches = list(_batches(layer, longest))
-    most = max((last - first for batch in batches for _, _, first, last, _ in batch), default=0)
-    if not can_krige(layer.kv.kernel_rows, most):
-        return None
+    device = layer.fresh_keys.device
     is_fresh = torch.zeros(len(layer.kv.kernel_rows.offsets), dtype=torch.uint8)
     is_fresh[layer.rows] = 1
     fresh, is_fresh = layer.rows.to(device, torch.int32), is_fresh.to(device)
-    pieces = []
-    for batch in batches:
-        numbers = torch.tensor(
-            [(start, end - start, first, last - first) for start, end, first, last, _ in batch], dtype=torch.int32
-        )
+    batches = []
+    for batch in _batches(pieces):
+        numbers = torch.tensor([(p.start, p.num_rows, p.first, p.num_fresh) for p in batch], dtype=torch.int32)
         starts, lengths, firsts, counts = numbers.T.contiguous().to(device).unbind(0)
-        longest, most = int(numbers[:, 1].max()), int(numbers[:, 3].max())
-        pieces.append(Pieces(starts, lengths, firsts, counts, fresh, is_fresh, longest, most))
+        longest, most = (max(count) for count in zip(*((p.num_rows, p.num_fresh) for p in batch), strict=True))
+        batches.append(Pieces(starts, lengths, firsts, counts, fresh, is_fresh, longest, most))
     constants = asdict(of)
 
     def correct(layer: RowCorrection) -> None:
-        for batch in pieces:
+        for batch in batches:
             krige(layer.kv.kernel_rows, batch, layer.fresh_keys, layer.fresh_values, **constants)
 
     return correct
@@ -176,25 +196,28 @@ def _inverse(matrices: torch.Tensor) -> torch.Tensor:
     return torch.bmm(rest.transpose(1, 2), rest)
 
 
-def _batches(layer: RowCorrection, longest: int) -> Iterator[list[tuple[int, int, int, int, torch.Tensor]]]:
-    """Pieces with a fresh row, those of like size together."""
+def _pieces(layer: RowCorrection, longest: int) -> list[Piece]:
+    """Those with a fresh row."""
     bounds = [piece for span in layer.spans for piece in cut_span(*span, longest)]
     edges = torch.searchsorted(layer.rows, torch.tensor(bounds).reshape(-1, 2)).tolist()
-    pieces = [
-        (start, end, first, last, layer.rows[first:last] - start)
+    return [
+        Piece(start, end - start, first, last - first, layer.rows[first:last] - start)
         for (start, end), (first, last) in zip(bounds, edges, strict=True)
         if first < last
     ]
-    pieces.sort(key=lambda piece: (piece[1] - piece[0], piece[3] - piece[2]), reverse=True)
-    batch: list[tuple[int, int, int, int, torch.Tensor]] = []
+
+
+def _batches(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Pieces of like size together."""
+    batch: list[Piece] = []
     rows = most = 0
-    for piece in pieces:
-        wider = max(most, piece[3] - piece[2])
-        if batch and ((len(batch) + 1) * rows * wider > _MAX_ELEMENTS or piece[1] - piece[0] < rows / 2):
+    for piece in sorted(pieces, key=lambda piece: (piece.num_rows, piece.num_fresh), reverse=True):
+        wider = max(most, piece.num_fresh)
+        if batch and ((len(batch) + 1) * rows * wider > _MAX_ELEMENTS or piece.num_rows < rows / 2):
             yield batch
-            batch, wider = [], piece[3] - piece[2]
+            batch, wider = [], piece.num_fresh
         if not batch:
-            rows = piece[1] - piece[0]
+            rows = piece.num_rows
         batch.append(piece)
         most = wider
     if batch:

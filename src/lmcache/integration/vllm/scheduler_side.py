@@ -124,6 +124,8 @@ class SchedulerSide:
     def build_connector_meta(self, output: SchedulerOutput) -> LMCacheConnectorMetadata:
         """Loads and saves of this step. A request that cannot be planned is computed by vLLM."""
         meta = LMCacheConnectorMetadata(asynchronous_loads=self._asynchronous_loads)
+        if self._shared.blend_scheduling is not None:
+            self._shared.blend_scheduling.next_step()
         self._asynchronous_loads = []
         for new in output.scheduled_new_reqs:
             self._plan(meta, output, new.req_id, new.block_ids[0], True, new.num_computed_tokens)

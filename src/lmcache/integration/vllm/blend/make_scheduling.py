@@ -26,7 +26,8 @@ def make_scheduling(shared: SharedEngine, vllm_config: VllmConfig) -> BlendSched
         return None
     finder = PassageFinder(shared.engine, known, config, _tokenizer(config, vllm_config))
     block_size = vllm_config.cache_config.block_size
-    return BlendScheduling(finder, BlendDefaults(config), config, shared.metrics, block_size)
+    max_rows = vllm_config.scheduler_config.max_num_batched_tokens
+    return BlendScheduling(finder, BlendDefaults(config), config, shared.metrics, block_size, max_rows)
 
 
 def _tokenizer(config: LMCacheEngineConfig, vllm_config: VllmConfig) -> Tokenizer | None:

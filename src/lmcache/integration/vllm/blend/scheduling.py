@@ -39,6 +39,12 @@ class PreparedBlend:
     def reused_tokens(self) -> int:
         return int(covered(self.passages, len(self.token_ids)).sum())
 
+    @property
+    def num_computed(self) -> int:
+        """Tokens that the blend computes, about."""
+        reused = self.reused_tokens
+        return len(self.token_ids) - self.exact_tokens - reused + round(self.options.ratio * reused)
+
     def tokens_by_tier(self) -> dict[str, int]:
         tiers: dict[str, int] = {}
         for passage in self.passages:
@@ -97,12 +103,16 @@ class BlendScheduling:
         config: LMCacheEngineConfig,
         metrics: Metrics,
         block_size: int,
+        max_rows: int,
     ) -> None:
+        """``max_rows``: tokens that the blends of one step compute together; a larger blend has a step of its own."""
         self._finder = finder
         self._defaults = defaults
         self._config = config
         self._metrics = metrics
         self._block_size = block_size
+        self._max_rows = max_rows
+        self._rows_in_step = 0
 
     def of(self, request: Request) -> RequestBlend:
         """The blend of a new request; one without options is never blended."""
@@ -153,8 +163,16 @@ class BlendScheduling:
                 return True
         return False
 
-    def promise(self, blend: RequestBlend, request: Request, exact_tokens: int) -> bool:
-        """Whether the request is to be blended, with what has arrived by now. Its block hashes are salted then."""
+    def next_step(self) -> None:
+        """What was promised so far is on its way to the worker role."""
+        self._rows_in_step = 0
+
+    def promise(self, blend: RequestBlend, request: Request, exact_tokens: int) -> bool | None:
+        """Whether the request is to be blended, with what has arrived by now. Its block hashes are salted then.
+
+        None: in a later step, this one has enough to do. vLLM counts a blend as one token, so nothing else would keep
+        all that wait out of one step, which those that are decoding would have to sit out.
+        """
         found = blend.found
         if blend.options is None or found is None:
             return False
@@ -170,10 +188,15 @@ class BlendScheduling:
         elif isinstance(chosen, Declined):
             self._fallen_back(blend, *chosen)
         else:
+            prepared = PreparedBlend(request.all_token_ids[:], exact_tokens, chosen, found.lease, blend.options)
+            rows = prepared.num_computed
+            if self._rows_in_step and self._rows_in_step + rows > self._max_rows:
+                return None
             # First of all: should it fail, nothing was promised.
             blend.hashes.apply(request, exact_tokens, self._block_size)
             blend.fallback = None
-            blend.prepared = PreparedBlend(request.all_token_ids[:], exact_tokens, chosen, found.lease, blend.options)
+            blend.prepared = prepared
+            self._rows_in_step += rows
             return True
         found.lease.release()
         return False
