@@ -8,7 +8,7 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 NAME = "sgl_kernel"
 PARTS = (NAME, f"{NAME}.flash_attn", f"{NAME}.kvcacheio")
@@ -16,7 +16,7 @@ PARTS = (NAME, f"{NAME}.flash_attn", f"{NAME}.kvcacheio")
 
 
 class _Kernels(ModuleType):
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):

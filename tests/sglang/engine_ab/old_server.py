@@ -31,9 +31,7 @@ class OldServer(ProbedServer):
     def cached(self, prompt: str, max_tokens: int) -> tuple[list[int], int, int]:
         """The answer, and of how many prompt tokens how many were computed before, by SGLang's or our account."""
         parameters = {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True}
-        response = httpx.post(
-            f"{self.url}/generate", json={"text": prompt, "sampling_params": parameters}, timeout=300
-        )
+        response = httpx.post(f"{self.url}/generate", json={"text": prompt, "sampling_params": parameters}, timeout=300)
         assert response.is_success, f"{response.status_code}: {response.text}\n{self._process.log_tail()}"
         reply = response.json()
         meta = reply["meta_info"]

@@ -101,7 +101,7 @@ def test_a_storm_of_requests(running: Running, plain: dict[str, list[int]]) -> N
     loaded = reused_tokens(server) - before
     print(f"{len(answers)} requests, {aborted} of them aborted; {loaded:.0f} tokens loaded")
     assert aborted > 10
-    assert loaded > 1000
+    assert loaded > 500
 
 
 def test_a_restart_on_one_disk(running: Running, plain: dict[str, list[int]]) -> None:
