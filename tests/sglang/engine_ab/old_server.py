@@ -63,7 +63,8 @@ def old_server(
     paths = [SHIMS, REPOSITORY / "src", REPOSITORY, source(version)]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     environment |= {"PROBE_FOLDER": str(folder), "OLD_SGLANG": version}
-    environment["SGLANG_GRPC_PORT"] = str(_free_port())  # else 10000 above the other, which may be too high
+    if version == "0.5.12":  # else 10000 above the other, which may be too high; later versions would open it
+        environment["SGLANG_GRPC_PORT"] = str(_free_port())
     flags = ["--model-path", str(MODEL), *ARGUMENTS, "--max-total-tokens", str(pool_tokens)]
     if lmcache:
         flags.append("--enable-lmcache")

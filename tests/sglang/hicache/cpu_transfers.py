@@ -1,4 +1,4 @@
-"""What SGLang's HiCache needs of a GPU, on a CPU: events, memory to copy from, and one copy kernel.
+"""What SGLang's HiCache needs of a GPU, on a CPU: events, memory that is not pinned, and one copy kernel.
 
 SGLang imports its kernels for CUDA, ROCm and XPU alone, and makes pinned memory through CUDA. HiCache is otherwise as
 it is: its trees, host pools, threads and its calls to a storage backend.
@@ -6,6 +6,7 @@ it is: its trees, host pools, threads and its calls to a storage backend.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,10 +47,13 @@ def install() -> None:
     cpu_streams.install(as_cuda=False)
     torch.cpu.Event = CPUEvent  # type: ignore[misc, assignment]
 
-    from sglang.srt.mem_cache.pool_host import common, mha
+    from sglang.srt.mem_cache.pool_host import base, mha
 
-    def unpinned(dims: Sequence[int], *, dtype: torch.dtype, device: str, **_: Any) -> torch.Tensor:
-        return torch.zeros(dims, dtype=dtype, device=device)
+    init = base.HostKVCache.__init__
 
-    common.ALLOC_MEMORY_FUNCS["cpu"] = unpinned
+    @functools.wraps(init)
+    def unpinned(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **{**kwargs, "pin_memory": False})
+
+    base.HostKVCache.__init__ = unpinned
     mha.transfer_kv_direct = transfer_kv_direct
