@@ -13,19 +13,19 @@ from tests.sglang.server import Generation
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
 
-POOL = 1024
-NEW = 110
-"""Tokens of each answer: the four prompts fit into the pool, and their answers do not."""
-# SGLang admits requests as if their answers were to take no room.
-ARGUMENTS = ["--max-total-tokens", str(POOL), "--schedule-conservativeness", "0"]
+NEW = 60
+# SGLang's own switch for its tests: it takes the slots of a request back every so many forwards, as for want of room.
+EVERY = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "25"}
 ORDERS = [(0, 1), (1, 2), (2, 0), (1, 0)]
 
 
-def test_retracted_blends_and_their_neighbours_answer_as_alone(tmp_path: Path) -> None:
+def test_retracted_blends_and_their_neighbours_answer_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in EVERY.items():
+        monkeypatch.setenv(name, value)
     library = Library(documents=3, tokens=100)
     prompts = [library.prompt(order) for order in ORDERS]
-    kinds = [PLAIN, PLAIN, WHOLE, WHOLE]
-    with blend_server(tmp_path, arguments=ARGUMENTS) as server:
+    kinds = [PLAIN, WHOLE, WHOLE, PLAIN]
+    with blend_server(tmp_path) as server:
         library.teach(server)
         alone = [server.ask(prompt, PLAIN, max_tokens=NEW) for prompt in prompts]
         server.probed.flush()
@@ -38,11 +38,9 @@ def test_retracted_blends_and_their_neighbours_answer_as_alone(tmp_path: Path) -
             together = list(threads.map(ask, range(len(prompts))))
         retracted = [answer.retractions for answer in together]
         print(f"retractions: {retracted}; from passages: {[answer.storage for answer in together]}")
-        assert sum(map(len, prompts)) < POOL < sum(map(len, prompts)) + NEW * len(prompts)
-        assert sum(retracted[2:]) > 0, "a blended request was to be retracted"
+        assert sum(retracted[1:3]) > 0, "a blended request was to be retracted"
         assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
-        assert "KV cache pool is full. Retract requests" in server.probed.log()
-        assert all(answer.storage > 0 for answer in together[2:])
+        assert all(answer.storage > 0 for answer in together[1:3])
         again = server.ask(prompts[0], WHOLE, max_tokens=8)
         assert again.storage > 0.9 * len(prompts[0]), "blends go on"
         assert again.tokens == alone[0].tokens[:8]

@@ -16,13 +16,6 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True,
 }  # fmt: skip
 OTHER_MODELS: dict[str, dict[str, Any]] = {
-    "sliding window": {
-        **_SIZES,
-        "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "num_hidden_layers": 2, "head_dim": 16,
-        "global_head_dim": 16, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"],
-        "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 49152,
-        "enable_moe_block": False, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
-    },
     "recurrent state": {
         **_SIZES,
         "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "num_hidden_layers": 2,
@@ -30,7 +23,8 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
         "block_auto_adjust_ff_dim": False, "block_ff_dim": 128,
     },
 }  # fmt: skip
-"""By what they keep besides: layers that see a window only, and layers with a state of the whole prompt."""
+"""By what they keep besides. None with a sliding window: on a CPU SGLang 0.5.23 has no attention for one whose slots
+slide out, and ends before it asks us; ``test_connector`` has that refusal."""
 
 
 def write_other_model(folder: Path, kind: str) -> Path:
