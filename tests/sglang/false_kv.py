@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from lmcache.storage.disk.chunk_file import ChunkHeader
 from lmcache.storage.disk.direct_io import BLOCK
 
 
-def falsify(directory: Path) -> int:
+def falsify(directory: Path, *, but: Collection[Path] = ()) -> int:
     """Turn the sign of every stored key and value; the number of chunks. No server may use ``directory`` meanwhile.
 
     A server that loads such chunks must give other text; one whose text stays the same did not use what it loaded.
+    ``but``: files that stay as they are.
     """
-    files = sorted(directory.rglob("*.kv"))
+    files = sorted(set(directory.rglob("*.kv")).difference(but))
     for path in files:
         content = path.read_bytes()
         header = ChunkHeader.decode(content[:BLOCK])

@@ -23,7 +23,10 @@ MODEL = Path(os.environ.get("SMOLLM2_PATH", REPOSITORY / ".cache" / "models" / "
 
 @dataclass(frozen=True)
 class Generation:
-    """``own``: prompt tokens from SGLang's own cache; ``storage``: from us. ``reason``: why it ended."""
+    """``own``: prompt tokens from SGLang's own cache; ``storage``: from us. ``reason``: why it ended.
+
+    ``retractions``: how often SGLang took back the slots of this request, and let it wait for others.
+    """
 
     text: str
     tokens: list[int]
@@ -31,6 +34,7 @@ class Generation:
     own: int
     storage: int
     reason: str
+    retractions: int = 0
 
 
 class Server:
@@ -69,6 +73,7 @@ class Server:
             own=cached.get("device", 0),
             storage=cached.get("storage", 0),
             reason=(meta["finish_reason"] or {}).get("type", ""),
+            retractions=meta.get("num_retractions") or 0,
         )
 
     def flush(self) -> None:

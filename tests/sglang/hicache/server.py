@@ -1,0 +1,48 @@
+"""A real SGLang server whose HiCache has our storage backend behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from demo.server import EngineServer
+from demo.sglang.server import ARGUMENTS, SHIMS, SGLangServer
+from tests.sglang.server import MODEL, REPOSITORY, Server
+
+MODULE = "tests.sglang.hicache.launch"
+PAGE = 16
+BACKEND = {
+    "backend_name": "lmcache",
+    "module_path": "lmcache.integration.sglang.hicache_storage",
+    "class_name": "LMCacheHiCacheStorage",
+    "interface_v1": 1,
+    "prefetch_threshold": PAGE,  # SGLang asks its storage for nothing shorter; 256 where nobody tests
+}
+HICACHE = [
+    *("--enable-hierarchical-cache", "--hicache-storage-backend", "dynamic", "--hicache-ratio", "2"),
+    *("--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first"),
+    *("--hicache-write-policy", "write_through", "--hicache-storage-prefetch-policy", "wait_complete"),
+]
+
+
+class _Process(SGLangServer):
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        EngineServer.__init__(self, MODULE, arguments, environment, log)
+
+
+@contextmanager
+def hicache_server(folder: Path, disk: Path | None, *, pool_tokens: int = 1024) -> Iterator[Server]:
+    """A ready server. ``folder`` takes its log; without ``disk`` it has no HiCache at all."""
+    environment = {"PYTHONPATH": os.pathsep.join([str(SHIMS), str(REPOSITORY / "src"), str(REPOSITORY)])}
+    flags = ["--model-path", str(MODEL), *ARGUMENTS, "--dtype", "float32", "--page-size", str(PAGE)]
+    flags += ["--context-length", "1024", "--max-total-tokens", str(pool_tokens), "--max-running-requests", "4"]
+    if disk is not None:
+        ours = {"lmcache.local_disk": str(disk), "lmcache.max_local_disk_size": 1, "lmcache.max_local_cpu_size": 0.2}
+        flags += [*HICACHE, "--hicache-storage-backend-extra-config", json.dumps({**BACKEND, **ours})]
+    log = folder / "sglang.log"
+    with _Process(flags, environment, log) as process:
+        process.wait_until_ready(lambda line: None, timeout=400)
+        yield Server(process, log)
