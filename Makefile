@@ -24,7 +24,7 @@ MODEL := .cache/models/smollm2-bfloat16
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help has-python setup setup-sglang test test-fast test-vllm test-sglang demo demo-sglang bench check format clean
+.PHONY: help has-python setup setup-sglang test test-fast test-kernels test-vllm test-sglang demo demo-sglang bench check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,10 +40,13 @@ setup-sglang: $(SGLANG_VENV)/.package ## the environment with SGLang and the mod
 
 test: test-fast ## all tests: the fast ones, then those on a real vLLM and a real SGLang, both at once
 	@echo "The tests on vLLM and on SGLang run side by side; each prints when it ends, after half an hour or so."
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-vllm test-sglang
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-vllm test-sglang test-kernels
 
 test-fast: setup ## the tests that need no engine
 	$(BIN)/python -m pytest -m "not vllm and not sglang"
+
+test-kernels: setup-sglang ## the kernels for GPUs, in Triton's interpreter
+	TRITON_INTERPRET=1 $(SGLANG_BIN)/python -m pytest tests/kernels
 
 test-vllm: setup ## the tests on a real vLLM
 	$(BIN)/python -m pytest -m vllm

@@ -16,6 +16,7 @@ from lmcache.blend.passage_lease import PassageLease
 from lmcache.blend.policies.sampled_attention import SampledAttentionPolicy
 from lmcache.blend.rope import FusedRope
 from lmcache.integration.vllm import worker_side
+from lmcache.integration.vllm.blend.blender import Blender
 from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
 from lmcache.integration.vllm.blend.host import VLLMHost
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling
@@ -86,7 +87,15 @@ def served(connector: str, prompts: int, rows: int) -> dict[str, Any]:
     llm.reset_prefix_cache()
     apart = [generate(llm, [prompt], 16, PLAIN)[0] for prompt in together]
     llm.reset_prefix_cache()
-    mixed = _together(llm, together, [all_rows, PLAIN, all_rows])
+    in_steps: list[list[int]] = []
+    blend = Blender.run
+
+    def noted(blender: Blender, requests: Any) -> Any:
+        in_steps.append([request.prepared.num_computed for request in requests])
+        return blend(blender, requests)
+
+    with patch.object(Blender, "run", noted):
+        mixed = _together(llm, together, [all_rows, PLAIN, all_rows])
     # vLLM's prefix cache holds the system prompt and a document: the blend begins behind them.
     behind = [*library.system, *library.documents[0], *library.documents[1], *library.documents[2], *together[0][-12:]]
     llm.reset_prefix_cache()
@@ -104,6 +113,7 @@ def served(connector: str, prompts: int, rows: int) -> dict[str, Any]:
         "pairs": pairs,
         "apart": apart,
         "mixed": mixed,
+        "in_steps": in_steps,
         "behind": [expected_behind, found_behind],
         "noise": noise,
         "leaks": leaks,

@@ -33,6 +33,10 @@ def test_at_ratio_one_the_answer_is_that_of_full_prefill(connector: str, prompts
     # Two blended prompts and a plain one in one batch
     assert [answer["tokens"] for answer in found["mixed"]] == [answer["tokens"] for answer in found["apart"]]
     assert [bool(answer["reuse"]["blend"]) for answer in found["mixed"]] == [True, False, True]
+    # A step has no more blends than it may compute tokens, or one.
+    assert sum(map(len, found["in_steps"])) == 2
+    assert all(len(step) == 1 or sum(step) <= rows for step in found["in_steps"])
+    assert (max(map(len, found["in_steps"])) == 1) == (sum(map(sum, found["in_steps"])) > rows)
     # Behind what vLLM's own prefix cache had
     expected, behind = found["behind"]
     assert behind["tokens"] == expected["tokens"]

@@ -11,6 +11,7 @@ import torch
 import vllm
 
 from lmcache.integration.blend.model import UnsupportedModelError
+from lmcache.integration.blend.options import BlendDefaults
 from lmcache.integration.guard import never_raise, report_failure
 from lmcache.integration.vllm.attention_writer import AttentionWriter
 from lmcache.integration.vllm.blend.blender import Blender, BlendReport, PagedRequest, report_of
@@ -83,6 +84,8 @@ class WorkerSide:
         try:
             self._shared.blender = Blender.find(self._vllm_config, connector, layer_names)
             logger.info("CacheBlend is on: policy %s", self._shared.config.blend_policy)
+            usual = BlendDefaults(self._shared.config).for_request({})
+            self._shared.blender.warm_up(usual.policy, usual.corrector)
         except UnsupportedModelError as error:
             self.metrics.blend_fallback("unsupported_model")
             logger.warning("CacheBlend stays off: %s", error)

@@ -194,6 +194,7 @@ class BlendPlanning:
 
     def _declined(self, reason: str, words: str) -> None:
         self._metrics.blend_fallback(reason)
+        logger.debug("a request is not blended: %s", words)
         if reason == "bad_request":
             log_limited(logger, logging.WARNING, f"blend:{reason}", "a request is not blended: %s", words)
 

@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lmcache.blend.correctors import make_corrector
+from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.paged_blend import PagedPrompt, blend_pages
 from lmcache.blend.paged_layers import can_blend_in_pages
 from lmcache.blend.plan import BlendPlan
+from lmcache.blend.policies import make_policy
+from lmcache.blend.policies.interface import SelectionPolicy
 from lmcache.blend.rope import FusedRope
 from lmcache.blend.staged_layers import StagingRing
+from lmcache.blend.warm_kernels import AttentionKind, warm_kernels
 from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.blend.ropes import find_ropes
 from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
+from lmcache.integration.vllm.blend.scoring import Scoring
 from lmcache.paging.paged_connector import PagedConnector
 
 if TYPE_CHECKING:
@@ -89,6 +95,19 @@ class Blender:
                 found, f"pages of the layout {connector.kv_layout.name!r} are packed: single tokens cannot be read"
             )
         return cls(model, find_ropes(model), connector, vllm_config.scheduler_config.max_num_batched_tokens)
+
+    def warm_up(self, policy: SelectionPolicy, corrector: Corrector) -> None:
+        """Have the kernels compiled that ``policy`` and ``corrector`` need. Only while the pages are empty."""
+        if self._ring is None:
+            return
+        layers = []
+        for layer in self._model.layers.values():
+            scoring = Scoring.of(layer.impl)
+            layers.append(
+                AttentionKind(layer.num_heads, scoring.scale, scoring.sliding_window, scoring.softcap, scoring.sinks)
+            )
+        ways = [(policy, corrector), (make_policy("kv_deviation"), make_corrector("none"))]
+        warm_kernels(self._connector, self._ropes, layers, self._ring, ways)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[PagedRequest]) -> dict[str, BlendReport | Exception]:

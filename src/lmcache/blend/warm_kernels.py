@@ -1,0 +1,114 @@
+"""Compiles the kernels of a blend before a request waits for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from lmcache.blend.batch import BlendPrompt
+from lmcache.blend.blend_pass import blend
+from lmcache.blend.correctors.interface import Corrector
+from lmcache.blend.host import Attend
+from lmcache.blend.paged_layers import PagedBatchKV
+from lmcache.blend.plan import BlendPlan, ReusedSpan
+from lmcache.blend.policies.interface import SelectionPolicy
+from lmcache.blend.rope import FusedRope
+from lmcache.blend.staged_layers import StagingRing
+from lmcache.observability.logging import init_logger
+from lmcache.paging.paged_connector import PagedConnector
+
+logger = init_logger(__name__)
+
+# As many keys as let few queries be split over them; and with few queries and with many, which take other tiles.
+_PASSAGE = 2048
+_NEW = (8, 100)
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What a layer passes to :class:`lmcache.blend.host.Attend`."""
+
+    query_heads: int
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+def warm_kernels(
+    connector: PagedConnector,
+    ropes: Sequence[FusedRope | None],
+    layers: Sequence[AttentionKind],
+    ring: StagingRing,
+    ways: Sequence[tuple[SelectionPolicy, Corrector]],
+) -> None:
+    """Run small blends of noise, without a model. The pages must be nobody's: the first of them are overwritten."""
+    start = time.perf_counter()
+    layout = connector.kv_layout
+    for new_tokens in _NEW:
+        num_tokens = min(_PASSAGE + 2 * new_tokens, layout.num_slots)
+        end = num_tokens - new_tokens
+        plan = BlendPlan.of(num_tokens, [ReusedSpan(new_tokens, end, 0, old_start=new_tokens + 1)])
+        for policy, corrector in ways:
+            host = _Noise(layers, (layout.num_heads, layout.head_dim), layout.dtype, ring.device)
+            blend(
+                host,
+                [BlendPrompt(plan, [_NoisySource(host, end - new_tokens)], ratio=0.2)],
+                ropes,
+                policy,
+                corrector,
+                kv_only=True,
+                make_kv=partial(
+                    PagedBatchKV,
+                    connector=connector,
+                    slots=torch.arange(num_tokens),
+                    exact=torch.zeros(num_tokens, dtype=torch.bool),
+                    ring=ring,
+                ),
+            )
+    logger.info("The kernels of CacheBlend are ready, after %.1f s", time.perf_counter() - start)
+
+
+class _Noise:
+    """A host without a model."""
+
+    def __init__(
+        self, layers: Sequence[AttentionKind], kv_shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._layers = layers
+        self._kv_shape = kv_shape
+        self._dtype = dtype
+        self._device = device
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def forward(self, rows: torch.Tensor, positions: torch.Tensor, attend: Attend) -> None:
+        for number, layer in enumerate(self._layers):
+            q = self.noise(len(rows), layer.query_heads)
+            k, v = self.noise(len(rows)), self.noise(len(rows))
+            attend(
+                *(number, q, k, v),
+                scale=layer.scale,
+                sliding_window=layer.sliding_window,
+                softcap=layer.softcap,
+                sinks=layer.sinks,
+            )
+
+    def noise(self, num_rows: int, heads: int | None = None) -> torch.Tensor:
+        kv_heads, dim = self._kv_shape
+        return torch.randn(num_rows, heads or kv_heads, dim, device=self._device).to(self._dtype)
+
+
+class _NoisySource:
+    def __init__(self, host: _Noise, num_tokens: int) -> None:
+        self._host = host
+        self.num_tokens = self.length = num_tokens
+
+    def layer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._host.noise(self.num_tokens), self._host.noise(self.num_tokens)
