@@ -49,8 +49,9 @@ def warm_kernels(
     """Run small blends of noise, without a model. The pages must be nobody's: the first of them are overwritten."""
     start = time.perf_counter()
     layout = connector.kv_layout
-    for new_tokens in _NEW:
-        num_tokens = min(_PASSAGE + 2 * new_tokens, layout.num_slots)
+    for count in _NEW:
+        num_tokens = min(_PASSAGE + 2 * count, layout.num_slots)
+        new_tokens = min(count, num_tokens // 4)
         end = num_tokens - new_tokens
         plan = BlendPlan.of(num_tokens, [ReusedSpan(new_tokens, end, 0, old_start=new_tokens + 1)])
         for policy, corrector in ways:
