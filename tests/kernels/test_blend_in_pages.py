@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+from lmcache.blend import dense_runs, paged_layers
 from lmcache.blend.chunk_source import ChunkPart
 from lmcache.blend.correctors import make_corrector
+from lmcache.blend.dense_runs import DenseAttention, DenseRuns
 from lmcache.blend.paged_blend import PagedPrompt, blend_pages
 from lmcache.blend.paged_layers import can_blend_in_pages
 from lmcache.blend.passage_lease import HeldPassage
@@ -78,6 +81,36 @@ class Engine:
         return HeldPassage(at, at + 40 - skipped, old, tuple(parts))
 
 
+def dense(
+    q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, runs: DenseRuns, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an engine's own attention would give, spelled out."""
+    out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q), device=q.device)
+    bounds = runs.starts.tolist()
+    for run, (start, end) in enumerate(pairwise(bounds)):
+        count = int(runs.keys[run])
+        keys, values = (pages[runs.blocks[run].long()].flatten(0, 1)[:count] for pages in (key_pages, value_pages))
+        group = q.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values))
+        scores = q[start:end].transpose(0, 1) @ keys.transpose(1, 2) * scale
+        out[start:end] = (scores.softmax(-1) @ values).transpose(0, 1)
+        lse[:, start:end] = scores.logsumexp(-1)
+    DENSE_CALLS.append(len(bounds) - 1)
+    return out, lse
+
+
+DENSE_CALLS: list[int] = []
+
+
+def test_the_engines_own_attention_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RUN_TOKENS", 16), ("_MIN_QUERIES", 32), ("_MIN_KEYS", 40)):
+        monkeypatch.setattr(dense_runs, name, value)
+    monkeypatch.setattr(paged_layers, "RUN_TOKENS", 16)
+    DENSE_CALLS.clear()
+    compare("kv_second_nhd", "sampled_attention", "kriging", 0.6, None, dense)
+    assert max(DENSE_CALLS) > 2
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("policy", "corrector", "ratio", "max_rows"),
@@ -92,6 +125,12 @@ class Engine:
 )
 def test_pages_hold_what_a_blend_in_tensors_writes(
     layout: str, policy: str, corrector: str, ratio: float, max_rows: int | None
+) -> None:
+    compare(layout, policy, corrector, ratio, max_rows, None)
+
+
+def compare(
+    layout: str, policy: str, corrector: str, ratio: float, max_rows: int | None, dense: DenseAttention | None
 ) -> None:
     written = []
     for by_kernels in (False, True):
@@ -121,6 +160,7 @@ def test_pages_hold_what_a_blend_in_tensors_writes(
             make_corrector(corrector),
             max_rows=max_rows,
             ring=StagingRing(DEVICE) if by_kernels else None,
+            dense=dense,
         )
         after = engine.connector.kv_layout.plane_views(engine.connector.tensors, 0)
         exact_slots = prompts[0].slots[:10]

@@ -48,19 +48,29 @@ class QueryMask:
         positions: int64 ``[n]``, ascending: where the queries stand.
         sliding_window: as in :class:`lmcache.blend.host.Attend`.
         known: bool ``[num_keys]``: keys that may be seen at all; None: every one.
+        on_host: the same positions on the CPU; None: they are brought from the device if they are wanted.
     """
 
     def __init__(
-        self, positions: torch.Tensor, sliding_window: int | None = None, known: torch.Tensor | None = None
+        self,
+        positions: torch.Tensor,
+        sliding_window: int | None = None,
+        known: torch.Tensor | None = None,
+        on_host: torch.Tensor | None = None,
     ) -> None:
         self.positions = positions
+        self._on_host = on_host
         self.sliding_window = sliding_window
         self.known = known
         self._kept: dict[QueryTile, torch.Tensor] = {}
 
     @cached_property
+    def positions_on_host(self) -> torch.Tensor:
+        return self.positions.cpu() if self._on_host is None else self._on_host
+
+    @cached_property
     def _at(self) -> list[int]:
-        at: list[int] = self.positions.tolist()
+        at: list[int] = self.positions_on_host.tolist()
         return at
 
     @cached_property

@@ -72,9 +72,9 @@ class Piece:
     def mask(self, part: Part, queries: slice, sliding_window: int | None, device: torch.device) -> QueryMask:
         """For some of the piece's rows, of one prompt."""
         known = self._known[part.keys]
-        return QueryMask(
-            self.positions[queries].to(device), sliding_window, None if bool(known.all()) else known.to(device)
-        )
+        positions = self.positions[queries]
+        some = None if bool(known.all()) else known.to(device)
+        return QueryMask(positions.to(device), sliding_window, some, on_host=positions)
 
     def masks(self, sliding_window: int | None, device: torch.device) -> list[QueryMask]:
         """One a part, made once a window."""

@@ -15,6 +15,7 @@ import torch
 from lmcache.blend.attention import QueryMask, Scoring
 from lmcache.blend.batch import BlendBatch, PlacedSpan
 from lmcache.blend.correctors.interface import BatchedCorrector, Corrector, LayerCorrection, Memo, RowCorrection
+from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, DenseRuns, dense_runs
 from lmcache.blend.layer_kv import BatchKV, LayerKV, PromptLoadError
 from lmcache.blend.rope import FusedRope
 from lmcache.blend.staged_layers import SourceError, StagedLayers, StagingRing
@@ -23,6 +24,7 @@ from lmcache.paging.paged_connector import PagedConnector
 if TYPE_CHECKING:
     from lmcache.kernels.kv_rows import KVRows
     from lmcache.kernels.kv_write import Turns
+    from lmcache.kernels.sparse_attention import SeenByAll
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -53,15 +55,40 @@ class OnDevice:
         return held[1]
 
 
+class PromptPages:
+    """The pages of a batch for an engine's own attention, ``dense``; None: there is none."""
+
+    def __init__(
+        self, slots: torch.Tensor, block_size: int, device: torch.device, dense: DenseAttention | None
+    ) -> None:
+        self.dense = dense
+        self._slots = slots
+        self._block_size = block_size
+        self._device = device
+        self._made: dict[int, tuple[QueryMask, DenseRuns | None]] = {}
+
+    def runs(self, keys: slice, mask: QueryMask, scoring: Scoring) -> DenseRuns | None:
+        if self.dense is None or scoring.softcap is not None or scoring.sinks is not None:
+            return None
+        if mask.sliding_window is not None or mask.known is not None:
+            return None
+        held = self._made.get(id(mask))
+        if held is None:  # the mask is kept, so that no other can have its id
+            runs = dense_runs(mask.positions_on_host, self._slots[keys], self._block_size, self._device)
+            held = self._made[id(mask)] = mask, runs
+        return held[1]
+
+
 class PagedLayer(LayerKV):
     """One layer of the batch in its pages. It has no ``keys`` and ``values`` of its own."""
 
-    def __init__(self, layer_id: int, kv: KVRows, sent: OnDevice) -> None:
+    def __init__(self, layer_id: int, kv: KVRows, sent: OnDevice, pages: PromptPages) -> None:
         none = torch.empty(0, 0, 0)
         super().__init__(layer_id, none, none)
         num_rows = len(kv.offsets)
         self.kv = kv
         self._sent = sent
+        self._pages = pages
         self.fresh = torch.zeros(num_rows, dtype=torch.bool)
         self.change = {}
         self._changes: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -94,15 +121,28 @@ class PagedLayer(LayerKV):
     def attention(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
         from lmcache.kernels.sparse_attention import sparse_attention
 
+        q = _dense_heads(q)
         attended, _ = sparse_attention(
-            _dense_heads(q),
+            q,
             self.kv.part(keys),
             mask.positions_int32,
             sliding_window=mask.sliding_window,
             known=mask.known,
+            seen_by_all=self._seen_by_all(q, keys, mask, scoring),
             **scoring._asdict(),
         )
         return attended
+
+    def _seen_by_all(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> SeenByAll | None:
+        """The part that the engine's own attention computes, if it can."""
+        from lmcache.kernels.sparse_attention import SeenByAll
+
+        runs = self._pages.runs(keys, mask, scoring)
+        if runs is None:
+            return None
+        assert self._pages.dense is not None
+        out, lse = self._pages.dense(q, self.kv.keys, self.kv.values, runs, scoring.scale)
+        return SeenByAll(RUN_TOKENS, runs.keys, out, lse)
 
     def attention_received(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
         from lmcache.kernels.attention_received import attention_received
@@ -145,15 +185,17 @@ class PagedBatchKV(BatchKV):
         slots: torch.Tensor,
         exact: torch.Tensor,
         ring: StagingRing,
+        dense: DenseAttention | None = None,
     ) -> None:
         """``slots``: int64 ``[N]`` on the CPU, one for every row of the batch. ``exact``: bool ``[N]``, rows whose KV
-        is in the pages and stays as it is, whatever is computed."""
+        is in the pages and stays as it is, whatever is computed. ``dense``: the engine's own attention."""
         from lmcache.blend.page_rows import page_offsets, page_rows
 
         super().__init__(batch, ropes, corrector)
         layout = connector.kv_layout
         self._connector = connector
         self._sent = OnDevice(ring.device, exact)
+        self._pages = PromptPages(slots, layout.block_size, ring.device, dense)
         offsets = page_offsets(layout, slots).to(ring.device)
         self._planes = [layout.plane_views(connector.tensors, layer) for layer in range(len(ropes))]
         self._kv = page_rows(layout, self._planes[0][0], self._planes[0][1], offsets)
@@ -167,7 +209,7 @@ class PagedBatchKV(BatchKV):
     def load(self, layer_id: int, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
         from lmcache.kernels.kv_write import place
 
-        layer = PagedLayer(layer_id, self._kv.at(*self._planes[layer_id][:2]), self._sent)
+        layer = PagedLayer(layer_id, self._kv.at(*self._planes[layer_id][:2]), self._sent, self._pages)
         if not self._moved:
             return layer
         try:

@@ -8,6 +8,8 @@ last one are never read. Few queries are split over the keys (flash decoding), s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,9 @@ def _attend_kernel(
     SINKS,
     OUT,
     LSE,
+    SEEN,
+    SEEN_OUT,
+    SEEN_LSE,
     num_queries,
     scale,
     softcap,
@@ -65,6 +70,7 @@ def _attend_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    SEEN_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -88,21 +94,31 @@ def _attend_kernel(
     start = 0
     if HAS_WINDOW:
         start = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
-    # Up to here every query sees every key, as far as positions go.
-    seen = (first + 1) // BLOCK_N * BLOCK_N
+    if SEEN_TOKENS > 0:
+        start = tl.load(SEEN + tile * BLOCK_M // GROUP // SEEN_TOKENS)
     end = last + 1
     if IS_SPLIT:
         blocks = (end - start + BLOCK_N - 1) // BLOCK_N
         each = (blocks + splits - 1) // splits * BLOCK_N
         start += split * each
         end = tl.minimum(end, start + each)
+    # Up to here every query sees every key, as far as positions go.
     unmasked_end = start
     if not (HAS_WINDOW or HAS_KNOWN):
-        unmasked_end = tl.maximum(start, tl.minimum(seen, end))
+        unmasked_end += tl.maximum(tl.minimum(first + 1, end) - start, 0) // BLOCK_N * BLOCK_N
 
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if SEEN_TOKENS > 0:
+        top = tl.load(SEEN_LSE + head * num_queries + query, mask=there, other=0.0) * _LOG2_E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+        acc = tl.load(
+            SEEN_OUT + (query.to(tl.int64) * HEADS + head)[:, None] * V_DIM + d[None, :],
+            mask=there[:, None] & (d < V_DIM)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    else:
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_base = K + kv_head.to(tl.int64) * k_head
     v_base = V + kv_head.to(tl.int64) * v_head
 
@@ -147,7 +163,8 @@ def _attend_kernel(
 
     if HAS_SINKS:
         # The parts of the keys have one sink together.
-        sink = tl.load(SINKS + head, mask=there & (split == 0), other=_HIDDEN).to(tl.float32) * _LOG2_E
+        sink = tl.load(SINKS + head, mask=there, other=0.0).to(tl.float32) * _LOG2_E
+        sink = tl.where(split == 0, sink, _HIDDEN)
         higher = tl.maximum(top, sink)
         decay = tl.exp2(top - higher)
         total = total * decay + tl.exp2(sink - higher)
@@ -164,6 +181,21 @@ def _attend_kernel(
         tl.store(LSE + split * lse_split + query * HEADS + head, lse / _LOG2_E, mask=there)
 
 
+@dataclass(frozen=True)
+class SeenByAll:
+    """What other code computed of the same queries over the first keys: those that all queries of a run see.
+
+    A run is ``tokens`` queries in order, of which run ``r`` saw the first ``keys[r]`` keys (int32, on the device).
+    ``out``: ``[n, query_heads, value_dim]``, dense; ``lse``: the logarithms of the softmax sums, float32
+    ``[query_heads, n]``.
+    """
+
+    tokens: int
+    keys: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
 def sparse_attention(
     q: torch.Tensor,
     kv: KVRows,
@@ -174,6 +206,7 @@ def sparse_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     known: torch.Tensor | None = None,
+    seen_by_all: SeenByAll | None = None,
     splits: int | None = None,
     blocks: tuple[int, int, int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -183,6 +216,8 @@ def sparse_attention(
     :class:`lmcache.blend.host.Attend` and :class:`lmcache.blend.attention.QueryMask`; every query sees a known key.
 
     Args:
+        seen_by_all: a part that is done already; not with ``sliding_window``, ``sinks`` or ``known``. A tile of queries
+            must lie within a run of it.
         splits: parts that the keys are cut into; None: as many as fill the GPU.
         blocks: tile of queries × heads of a group, tile of keys, warps, stages.
 
@@ -195,6 +230,12 @@ def sparse_attention(
     block_d = max(16, triton.next_power_of_2(max(dim, kv.value_dim)))
     block_m, block_n, warps, stages = blocks or _blocks(num_queries * group, block_d, q.dtype)
     tiles = triton.cdiv(num_queries * group, block_m)
+    if seen_by_all is not None:
+        splits = 1
+        if seen_by_all.tokens * group % block_m:
+            raise ValueError(f"tiles of {block_m} queries × heads do not lie in runs of {seen_by_all.tokens} × {group}")
+        if not (sliding_window is None and sinks is None and known is None):
+            raise ValueError("a part that all see cannot be joined with a window, sinks or hidden keys")
     if splits is None:
         splits = _splits(tiles * kv.num_heads, len(kv.offsets), block_n, q.device)
     kind = q.dtype if splits == 1 else torch.float32
@@ -210,6 +251,9 @@ def sparse_attention(
         q if sinks is None else sinks,
         out,
         lse,
+        positions if seen_by_all is None else seen_by_all.keys,
+        q if seen_by_all is None else seen_by_all.out,
+        lse if seen_by_all is None else seen_by_all.lse,
         num_queries,
         scale,
         softcap or 0.0,
@@ -236,6 +280,7 @@ def sparse_attention(
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
         IS_SPLIT=splits > 1,
+        SEEN_TOKENS=0 if seen_by_all is None else seen_by_all.tokens,
         STAGES=stages,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps,

@@ -23,6 +23,7 @@ from lmcache.blend.staged_layers import StagingRing
 from lmcache.blend.warm_kernels import AttentionKind, warm_kernels
 from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.blend.ropes import find_ropes
+from lmcache.integration.vllm.blend.flash_attention import flash_attention
 from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
@@ -70,6 +71,7 @@ class Blender:
         self._room = LayerRoom()
         in_pages = can_blend_in_pages(connector, ropes)
         self._ring = StagingRing(connector.tensors[0].device) if in_pages else None
+        self._dense = flash_attention(next(iter(model.layers.values()))) if in_pages else None
 
     @classmethod
     def find(cls, vllm_config: VllmConfig, connector: PagedConnector, layer_names: Sequence[str]) -> Blender:
@@ -161,6 +163,7 @@ class Blender:
             max_rows=self._max_rows,
             room=self._room,
             ring=self._ring,
+            dense=self._dense,
         )
         seconds = {**result.seconds, "total": time.perf_counter() - start}
         return {
