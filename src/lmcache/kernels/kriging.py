@@ -125,12 +125,12 @@ def _covariance_kernel(
     fresh_squares = tl.zeros([TILE], tl.float32)
     for h in range(HEADS):
         k = tl.load(K + h * k_head + at[:, None] + d[None, :], mask=inside[:, None], other=0.0)
-        f = tl.load(K + h * k_head + fresh_at[None, :] + d[:, None], mask=chosen[None, :], other=0.0)
-        products = tl.dot(k, f, products, input_precision=PRECISION)
+        f = tl.load(K + h * k_head + fresh_at[:, None] + d[None, :], mask=chosen[:, None], other=0.0)
+        products = tl.dot(k, tl.trans(f), products, input_precision=PRECISION)
         wide = k.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
         wide_f = f.to(tl.float32)
-        fresh_squares += tl.sum(wide_f * wide_f, 0)
+        fresh_squares += tl.sum(wide_f * wide_f, 1)
     t = tl.arange(0, BLOCK_TILES)
     of_tile = SUMS + (piece * tiles + t) * 2
     elements = length.to(tl.float32) * HEADS * DIM
@@ -346,6 +346,8 @@ def krige(
             PRECISION=exact,
             AMONG_FRESH=among_fresh,
             num_warps=4,
+            # Loads ahead of their use were seen to give other products from run to run (Triton 3.6, H100).
+            num_stages=1,
         )
     _inverse_kernel[(count,)](pieces.count, among, padded, PANEL=_PANEL, TILE=_TILE, num_warps=4, num_stages=1)
     _weights_kernel[(count, tiles, fresh_tiles)](

@@ -24,7 +24,8 @@ class KrigingCorrector(BatchedCorrector):
 
     and each change has ``noise`` of its own. So recomputed tokens that stand close together, or are alike, count little
     more than one of them: those that draw attention are both, and are no fair sample of their passage. And tokens with
-    keys alike change alike. A passage of more than 1,024 tokens is corrected in pieces.
+    keys alike change alike. A passage of more than 1,024 tokens, or with more than 512 recomputed ones, is corrected in
+    pieces.
 
     Args:
         passage: variance of what the changes of a passage have in common.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from lmcache.blend.correctors.interface import RowCorrection
-from lmcache.blend.correctors.sampled_span import cut_span
+from lmcache.blend.correctors.sampled_span import cut_spans
 from lmcache.kernels.availability import kernels_for
 
 # Elements of the largest matrix of a batch: 128 MiB in float32.
@@ -198,12 +198,9 @@ def _inverse(matrices: torch.Tensor) -> torch.Tensor:
 
 def _pieces(layer: RowCorrection, longest: int) -> list[Piece]:
     """Those with a fresh row."""
-    bounds = [piece for span in layer.spans for piece in cut_span(*span, longest)]
-    edges = torch.searchsorted(layer.rows, torch.tensor(bounds).reshape(-1, 2)).tolist()
     return [
         Piece(start, end - start, first, last - first, layer.rows[first:last] - start)
-        for (start, end), (first, last) in zip(bounds, edges, strict=True)
-        if first < last
+        for start, end, first, last in cut_spans(layer.spans, layer.rows, longest)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -56,7 +56,8 @@ def sampled_spans(layer: LayerCorrection, longest: int | None = None) -> Iterato
     the bit.
 
     Args:
-        longest: a span of more tokens is cut into equal pieces, each of which counts as a span; None: none is.
+        longest: a span of more tokens is cut into equal pieces, each of which counts as a span; so is one with more
+            than half as many recomputed tokens, which cost their number cubed. None: none is.
     """
     pieces: list[_Piece] | None = layer.memo.get((layer.spans, longest))
     if pieces is None:
@@ -81,19 +82,32 @@ class _Piece(NamedTuple):
 
 
 def _pieces(layer: LayerCorrection, longest: int | None) -> Iterator[_Piece]:
-    bounds = [piece for span in layer.spans for piece in cut_span(*span, longest)]
-    edges = torch.searchsorted(layer.rows, torch.tensor(bounds, device=layer.rows.device).reshape(-1, 2))
-    for (start, end), (first, last) in zip(bounds, edges.tolist(), strict=True):
-        if first < last:
-            fresh = layer.rows[first:last].to(layer.keys.device) - start
-            yield _Piece(start, end, slice(first, last), fresh, {})
+    for start, end, first, last in cut_spans(layer.spans, layer.rows.cpu(), longest):
+        fresh = layer.rows[first:last].to(layer.keys.device) - start
+        yield _Piece(start, end, slice(first, last), fresh, {})
 
 
-def cut_span(start: int, end: int, longest: int | None) -> Iterator[tuple[int, int]]:
-    """Into equal pieces of at most ``longest`` rows, as half-open ranges."""
-    pieces = 1 if longest is None else -(-(end - start) // longest)
-    edges = [start + (end - start) * piece // pieces for piece in range(pieces + 1)]
-    yield from pairwise(edges)
+def cut_spans(
+    spans: Sequence[tuple[int, int]], rows: torch.Tensor, longest: int | None
+) -> Iterator[tuple[int, int, int, int]]:
+    """The pieces with a recomputed token: the half-open range of their rows, and that of the ones in ``rows`` (int64,
+    on the CPU, ascending).
+
+    Args:
+        longest: see :func:`sampled_spans`. With it, a piece with more than half as many recomputed tokens is halved.
+    """
+    for start, end in spans:
+        pieces = 1 if longest is None else -(-(end - start) // longest)
+        edges = [start + (end - start) * piece // pieces for piece in range(pieces + 1)]
+        waiting = list(pairwise(edges))
+        while waiting:
+            begin, stop = waiting.pop(0)
+            first, last = torch.searchsorted(rows, torch.tensor([begin, stop])).tolist()
+            if longest is not None and last - first > max(1, longest // 2):
+                middle = (begin + stop) // 2
+                waiting[:0] = [(begin, middle), (middle, stop)]
+            elif first < last:
+                yield begin, stop, first, last
 
 
 def _sampled(moved: torch.Tensor, fresh: torch.Tensor, computed: torch.Tensor) -> SampledTensor:

@@ -28,10 +28,13 @@ from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
 from lmcache.integration.vllm.blend.scoring import Scoring
+from lmcache.observability.logging import init_logger
 from lmcache.paging.paged_connector import PagedConnector
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
 
 
 class PagedRequest(NamedTuple):
@@ -71,6 +74,8 @@ class Blender:
         self._room = LayerRoom()
         in_pages = can_blend_in_pages(connector, ropes)
         self._ring = StagingRing(connector.tensors[0].device) if in_pages else None
+        if not in_pages and connector.tensors[0].device.type != "cpu":
+            logger.warning("CacheBlend is slow here: its kernels do not know pages like these, or Triton is missing")
         self._dense = flash_attention(next(iter(model.layers.values()))) if in_pages else None
 
     @classmethod
