@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache.blend import dense_runs, paged_layers
+from lmcache.blend import dense_runs, paged_layer
 from lmcache.blend.chunk_source import ChunkPart
 from lmcache.blend.correctors import make_corrector
 from lmcache.blend.dense_runs import DenseAttention, DenseRuns
+from lmcache.blend.paged_batch import can_blend_in_pages
 from lmcache.blend.paged_blend import PagedPrompt, blend_pages
-from lmcache.blend.paged_layers import can_blend_in_pages
 from lmcache.blend.passage_lease import HeldPassage
 from lmcache.blend.policies import make_policy
 from lmcache.blend.rope import FusedRope, RopeFrequencies
@@ -105,7 +105,7 @@ DENSE_CALLS: list[int] = []
 def test_the_engines_own_attention_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RUN_TOKENS", 16), ("_MIN_QUERIES", 32), ("_MIN_KEYS", 40)):
         monkeypatch.setattr(dense_runs, name, value)
-    monkeypatch.setattr(paged_layers, "RUN_TOKENS", 16)
+    monkeypatch.setattr(paged_layer, "RUN_TOKENS", 16)
     DENSE_CALLS.clear()
     compare("kv_second_nhd", "sampled_attention", "kriging", 0.6, None, dense)
     assert max(DENSE_CALLS) > 2

@@ -18,7 +18,7 @@ from lmcache.blend.dense_runs import DenseAttention
 from lmcache.blend.host import BlendHost
 from lmcache.blend.kv_source import KVSource
 from lmcache.blend.layer_room import LayerRoom
-from lmcache.blend.paged_layers import PagedBatchKV
+from lmcache.blend.paged_batch import PagedBatchKV
 from lmcache.blend.passage_lease import HeldPassage
 from lmcache.blend.plan import BlendPlan, ReusedSpan
 from lmcache.blend.policies.interface import SelectionPolicy
@@ -77,7 +77,7 @@ def blend_pages(
     result has "write" besides the phases of :func:`lmcache.blend.blend_pass.blend`.
 
     With ``ring``, and a slot for every token, kernels blend in the pages themselves (see
-    :func:`lmcache.blend.paged_layers.can_blend_in_pages`), helped by the engine's own attention, ``dense``; otherwise
+    :func:`lmcache.blend.paged_batch.can_blend_in_pages`), helped by the engine's own attention, ``dense``; otherwise
     in memory that ``room`` gives.
     """
     planned = [prompt.planned(connector) for prompt in prompts]

@@ -13,7 +13,7 @@ from lmcache.blend.batch import BlendPrompt
 from lmcache.blend.blend_pass import blend
 from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.host import Attend
-from lmcache.blend.paged_layers import PagedBatchKV
+from lmcache.blend.paged_batch import PagedBatchKV
 from lmcache.blend.plan import BlendPlan, ReusedSpan
 from lmcache.blend.policies.interface import SelectionPolicy
 from lmcache.blend.rope import FusedRope

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.kernels.inverse import PANEL, invert
 from lmcache.kernels.kv_rows import KVRows
 
 _TILE = 64
-_PANEL = 16
 MAX_FRESH = 512
 """Fresh rows a piece: its matrix is inverted by one program, in the cache of one multiprocessor."""
 
@@ -37,7 +37,7 @@ class Pieces:
     @property
     def padded(self) -> int:
         """Room for the fresh rows of a piece."""
-        return -(-self.most // _PANEL) * _PANEL
+        return -(-self.most // PANEL) * PANEL
 
 
 @triton.jit
@@ -149,52 +149,6 @@ def _covariance_kernel(
     else:
         to = COVARIANCE + piece.to(tl.int64) * longest * padded + i[:, None] * padded + j[None, :]
         tl.store(to, found, mask=inside[:, None] & (j < padded)[None, :])
-
-
-@triton.jit
-def _inverse_kernel(COUNT, AMONG, padded, PANEL: tl.constexpr, TILE: tl.constexpr):
-    """In place, by Gauss and Jordan's method, a panel of rows and columns at a time. A positive definite matrix needs
-    no pivoting."""
-    piece = tl.program_id(0)
-    count = tl.load(COUNT + piece)
-    base = AMONG + piece.to(tl.int64) * padded * padded
-    p = tl.arange(0, PANEL)
-    t = tl.arange(0, TILE)
-    for begin in range(0, count, PANEL):
-        here = base + (begin + p)[:, None] * padded + (begin + p)[None, :]
-        corner = tl.load(here)
-        for k in range(PANEL):
-            row = tl.sum(tl.where(p[:, None] == k, corner, 0.0), 0)
-            column = tl.sum(tl.where(p[None, :] == k, corner, 0.0), 1)
-            pivot = 1.0 / tl.sum(tl.where(p == k, row, 0.0))
-            row = row * pivot
-            swept = corner - column[:, None] * tl.where(p == k, 1.0 + pivot, row)[None, :]
-            corner = tl.where((p == k)[:, None], tl.where(p == k, pivot, row)[None, :], swept)
-        tl.debug_barrier()
-        for other in range(0, padded, TILE):
-            j = other + t
-            outside = (j < padded) & ((j < begin) | (j >= begin + PANEL))
-            to = base + (begin + p)[:, None] * padded + j[None, :]
-            rows = tl.load(to, mask=outside[None, :], other=0.0)
-            tl.store(to, tl.dot(corner, rows, input_precision="ieee"), mask=outside[None, :])
-        tl.debug_barrier()
-        for down in range(0, padded, TILE):
-            i = down + t
-            below = (i < padded) & ((i < begin) | (i >= begin + PANEL))
-            from_columns = base + i[:, None] * padded + (begin + p)[None, :]
-            columns = tl.load(from_columns, mask=below[:, None], other=0.0)
-            for other in range(0, padded, TILE):
-                j = other + t
-                outside = (j < padded) & ((j < begin) | (j >= begin + PANEL))
-                rows = tl.load(base + (begin + p)[:, None] * padded + j[None, :], mask=outside[None, :], other=0.0)
-                to = base + i[:, None] * padded + j[None, :]
-                both = below[:, None] & outside[None, :]
-                rest = tl.load(to, mask=both, other=0.0)
-                tl.store(to, rest - tl.dot(columns, rows, input_precision="ieee"), mask=both)
-            tl.debug_barrier()
-            tl.store(from_columns, -tl.dot(columns, corner, input_precision="ieee"), mask=below[:, None])
-        tl.store(here, corner)
-        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["longest"])
@@ -349,7 +303,7 @@ def krige(
             # Loads ahead of their use were seen to give other products from run to run (Triton 3.6, H100).
             num_stages=1,
         )
-    _inverse_kernel[(count,)](pieces.count, among, padded, PANEL=_PANEL, TILE=_TILE, num_warps=4, num_stages=1)
+    invert(among, pieces.count)
     _weights_kernel[(count, tiles, fresh_tiles)](
         pieces.length,
         pieces.count,
@@ -359,7 +313,7 @@ def krige(
         pieces.longest,
         padded,
         TILE=_TILE,
-        PANEL=_PANEL,
+        PANEL=PANEL,
         # The sums cancel: what tf32 leaves out would be seen.
         PRECISION="tf32x3" if device.type == "cuda" else "ieee",
         num_warps=4,
@@ -387,7 +341,7 @@ def krige(
             DIM=kv.dim,
             ALIGN=kv.alignment,
             TILE=_TILE,
-            PANEL=_PANEL,
+            PANEL=PANEL,
             PRECISION=exact,
             num_warps=4,
         )

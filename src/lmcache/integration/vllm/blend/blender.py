@@ -13,8 +13,8 @@ import torch
 from lmcache.blend.correctors import make_corrector
 from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.layer_room import LayerRoom
+from lmcache.blend.paged_batch import can_blend_in_pages
 from lmcache.blend.paged_blend import PagedPrompt, blend_pages
-from lmcache.blend.paged_layers import can_blend_in_pages
 from lmcache.blend.plan import BlendPlan
 from lmcache.blend.policies import make_policy
 from lmcache.blend.policies.interface import SelectionPolicy

@@ -12,165 +12,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lmcache.blend.attention import QueryMask, Scoring
 from lmcache.blend.batch import BlendBatch, PlacedSpan
 from lmcache.blend.correctors.interface import BatchedCorrector, Corrector, LayerCorrection, Memo, RowCorrection
-from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, DenseRuns, dense_runs
+from lmcache.blend.dense_runs import DenseAttention
 from lmcache.blend.layer_kv import BatchKV, LayerKV, PromptLoadError
+from lmcache.blend.paged_layer import OnDevice, PagedLayer, PromptPages, dense_heads
 from lmcache.blend.rope import FusedRope
 from lmcache.blend.staged_layers import SourceError, StagedLayers, StagingRing
 from lmcache.paging.paged_connector import PagedConnector
 
 if TYPE_CHECKING:
-    from lmcache.kernels.kv_rows import KVRows
     from lmcache.kernels.kv_write import Turns
-    from lmcache.kernels.sparse_attention import SeenByAll
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class OnDevice:
-    """Index tensors of the host, each sent to the device once."""
-
-    def __init__(self, device: torch.device, exact: torch.Tensor) -> None:
-        """``exact``: bool ``[N]``, rows that nobody may write."""
-        self.device = device
-        self._exact = exact
-        self._sent: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows`` as int32."""
-        return self._send(rows, writable=False)
-
-    def writable(self, rows: torch.Tensor) -> torch.Tensor:
-        """``rows`` as int32, −1 in place of exact ones."""
-        return self._send(rows, writable=True)
-
-    def _send(self, rows: torch.Tensor, *, writable: bool) -> torch.Tensor:
-        held = self._sent.get((id(rows), writable))
-        if held is None:
-            numbers = torch.where(self._exact[rows], -1, rows) if writable else rows
-            # The host's is kept, so that no other can have its id.
-            held = self._sent[id(rows), writable] = rows, numbers.to(torch.int32).to(self.device)
-        return held[1]
-
-
-class PromptPages:
-    """The pages of a batch for an engine's own attention, ``dense``; None: there is none."""
-
-    def __init__(
-        self, slots: torch.Tensor, block_size: int, device: torch.device, dense: DenseAttention | None
-    ) -> None:
-        self.dense = dense
-        self._slots = slots
-        self._block_size = block_size
-        self._device = device
-        self._made: dict[int, tuple[QueryMask, DenseRuns | None]] = {}
-
-    def runs(self, keys: slice, mask: QueryMask, scoring: Scoring) -> DenseRuns | None:
-        if self.dense is None or scoring.softcap is not None or scoring.sinks is not None:
-            return None
-        if mask.sliding_window is not None or mask.known is not None:
-            return None
-        held = self._made.get(id(mask))
-        if held is None:  # the mask is kept, so that no other can have its id
-            runs = dense_runs(mask.positions_on_host, self._slots[keys], self._block_size, self._device)
-            held = self._made[id(mask)] = mask, runs
-        return held[1]
-
-
-class PagedLayer(LayerKV):
-    """One layer of the batch in its pages. It has no ``keys`` and ``values`` of its own."""
-
-    def __init__(self, layer_id: int, kv: KVRows, sent: OnDevice, pages: PromptPages) -> None:
-        none = torch.empty(0, 0, 0)
-        super().__init__(layer_id, none, none)
-        num_rows = len(kv.offsets)
-        self.kv = kv
-        self._sent = sent
-        self._pages = pages
-        self.fresh = torch.zeros(num_rows, dtype=torch.bool)
-        self.change = {}
-        self._changes: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def measure(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        from lmcache.kernels.kv_read import deviation
-
-        first = ~self.fresh[rows]
-        if not bool(first.all()):
-            at = torch.nonzero(first)[:, 0]
-            rows, at = rows[at], at.to(k.device)
-            k, v = k[at], v[at]
-        self._changes.append((rows, deviation(k, v, self._sent.rows(rows), self.kv)))
-
-    def read_change(self) -> None:
-        """Bring what was measured to the host, into ``change``."""
-        if not self.change:
-            self.change = {name: torch.zeros(len(self.fresh)) for name in "kv"}
-        for rows, measured in self._changes:
-            for name, change in zip("kv", measured.cpu(), strict=True):
-                self.change[name][rows] = change
-        self._changes.clear()
-
-    def write(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        from lmcache.kernels.kv_write import write
-
-        write(_dense_heads(k), _dense_heads(v), self._sent.writable(rows), self.kv)
-        self.fresh[rows] = True
-
-    def attention(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
-        from lmcache.kernels.sparse_attention import sparse_attention
-
-        q = _dense_heads(q)
-        attended, _ = sparse_attention(
-            q,
-            self.kv.part(keys),
-            mask.positions_int32,
-            sliding_window=mask.sliding_window,
-            known=mask.known,
-            seen_by_all=self._seen_by_all(q, keys, mask, scoring),
-            **scoring._asdict(),
-        )
-        return attended
-
-    def _seen_by_all(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> SeenByAll | None:
-        """The part that the engine's own attention computes, if it can."""
-        from lmcache.kernels.sparse_attention import SeenByAll
-
-        runs = self._pages.runs(keys, mask, scoring)
-        if runs is None:
-            return None
-        assert self._pages.dense is not None
-        out, lse = self._pages.dense(q, self.kv.keys, self.kv.values, runs, scoring.scale)
-        return SeenByAll(RUN_TOKENS, runs.keys, out, lse)
-
-    def attention_received(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
-        from lmcache.kernels.attention_received import attention_received
-
-        return attention_received(
-            _dense_heads(q),
-            self.kv.part(keys),
-            mask.positions_int32,
-            sliding_window=mask.sliding_window,
-            known=mask.known,
-            **scoring._asdict(),
-        )
-
-    # What a corrector of many rows reads and writes
-
-    @property
-    def kernel_rows(self) -> KVRows:
-        return self.kv
-
-    def read(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        from lmcache.kernels.kv_read import read
-
-        return read(self.kv, rows)
-
-    def add(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        from lmcache.kernels.kv_write import write
-
-        write(keys, values, rows, self.kv, add=True)
 
 
 class PagedBatchKV(BatchKV):
@@ -257,7 +111,7 @@ class PagedBatchKV(BatchKV):
         memo: Memo,
     ) -> None:
         assert isinstance(layer, PagedLayer)
-        k, v = _dense_heads(k), _dense_heads(v)
+        k, v = dense_heads(k), dense_heads(v)
         if isinstance(self.corrector, BatchedCorrector):
             self.corrector.correct_rows(RowCorrection(layer.layer_id, layer, rows, k, v, spans, memo))
             return
@@ -305,8 +159,3 @@ def can_blend_in_pages(connector: PagedConnector, ropes: Sequence[FusedRope | No
         and layout.dtype in _DTYPES
         and not any(rope is not None and rope.rotary_at_end for rope in ropes)
     )
-
-
-def _dense_heads(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself where the elements of a head lie one after the other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
