@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -88,3 +89,30 @@ def test_the_registry_is_what_prometheus_scrapes() -> None:
     metrics.watch_tiers(dict)
     metrics.stored(5)
     assert b"lmcache_stored_tokens_total 5.0" in generate_latest(metrics.registry)
+
+
+def test_whether_anything_was_counted_is_cheap_to_ask() -> None:
+    metrics = Metrics()
+
+    def timed() -> None:
+        with metrics.timed("store"):
+            pass
+
+    counts: list[Callable[[], None]] = [
+        lambda: metrics.requested(1),
+        lambda: metrics.reused("memory", 1),
+        lambda: metrics.stored(1),
+        lambda: metrics.dropped("disk"),
+        lambda: metrics.read("disk", 1),
+        lambda: metrics.written("disk", 1),
+        lambda: metrics.failure("load"),
+        lambda: metrics.blended(2, 1, {"probe": 0.1}),
+        lambda: metrics.blend_fallback("short"),
+        timed,
+    ]
+    for count in counts:
+        before, seen = metrics.changes, metrics.snapshot()
+        assert metrics.changes == before, "to look changes nothing"
+        count()
+        assert metrics.changes != before
+        assert metrics.snapshot() != seen

@@ -50,6 +50,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._changes = 0
         counter = self._counter
         self._requested = counter("requested_tokens", "Tokens that were looked up.")
         self._reused = counter("reused_tokens", "Tokens whose KV came from the cache.", ["tier"])
@@ -73,27 +74,40 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
         return Counter(f"lmcache_{name}", text, list(labels), registry=self.registry)
 
+    @property
+    def changes(self) -> int:
+        """Another number when anything was counted since: to ask is cheaper than :meth:`snapshot`, which is worth its
+        time only then. What the tiers count themselves moves with the rest."""
+        return self._changes
+
     def requested(self, tokens: int) -> None:
         self._requested.inc(tokens)
+        self._changes += 1
 
     def reused(self, tier: str, tokens: int) -> None:
         self._reused.labels(tier).inc(tokens)
+        self._changes += 1
 
     def stored(self, tokens: int) -> None:
         self._stored.inc(tokens)
+        self._changes += 1
 
     def dropped(self, tier: str, chunks: int = 1) -> None:
         self._dropped.labels(tier).inc(chunks)
+        self._changes += 1
 
     def read(self, tier: str, nbytes: int) -> None:
         self._read.labels(tier).inc(nbytes)
+        self._changes += 1
 
     def written(self, tier: str, nbytes: int) -> None:
         self._written.labels(tier).inc(nbytes)
+        self._changes += 1
 
     def failure(self, reason: str) -> None:
         """An operation was given up; ``reason`` is a short fixed word such as ``disk_read``."""
         self._failures.labels(reason).inc()
+        self._changes += 1
 
     def blended(self, reused: int, recomputed: int, seconds: Mapping[str, float]) -> None:
         """A request was blended: of the tokens of its passages ``recomputed`` were computed all the same.
@@ -106,10 +120,12 @@ class Metrics:
         self._blend_tokens.labels("recomputed").inc(recomputed)
         for phase, spent in seconds.items():
             self._blend_seconds.labels(phase).inc(max(0.0, spent))
+        self._changes += 1
 
     def blend_fallback(self, reason: str) -> None:
         """A request was not blended; ``reason`` is a short fixed word."""
         self._fallbacks.labels(reason).inc()
+        self._changes += 1
 
     @contextmanager
     def timed(self, operation: str) -> Iterator[None]:
@@ -119,6 +135,7 @@ class Metrics:
             yield
         finally:
             self._seconds.labels(operation).observe(perf_counter() - start)
+            self._changes += 1
 
     def watch_tiers(self, stats: Callable[[], Mapping[str, TierCounts]]) -> None:
         """Report what the tiers count themselves, asked for at each scrape and :meth:`snapshot`. Once an engine.

@@ -59,6 +59,7 @@ class WorkerSide:
         self._lock = threading.Lock()
         self._failed_blocks: set[int] = set()
         self._counted: dict[str, float] = {}
+        self._changes_told = 0
 
     @property
     def metrics(self) -> Metrics:
@@ -177,6 +178,11 @@ class WorkerSide:
 
     @never_raise(lambda: None)
     def stats_since_last(self) -> LMCacheStats | None:
+        """Asked in every step; most have nothing to tell."""
+        changes = self.metrics.changes
+        if changes == self._changes_told:
+            return None
+        self._changes_told = changes
         stats, self._counted = LMCacheStats.since(self._counted, self.metrics)
         return None if stats.is_empty() else stats
 
