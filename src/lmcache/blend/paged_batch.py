@@ -7,7 +7,7 @@ tensors of its own is the reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -115,27 +115,27 @@ class PagedBatchKV(BatchKV):
         if isinstance(self.corrector, BatchedCorrector):
             self.corrector.correct_rows(RowCorrection(layer.layer_id, layer, rows, k, v, spans, memo))
             return
-        every_row = memo.setdefault("every row", torch.arange(self.batch.num_rows))
-        keys, values = layer.read(self._sent.rows(every_row))
+        on_device: _CorrectionIndex | None = memo.get(("paged", spans))
+        if on_device is None:
+            on_device = memo["paged", spans] = _CorrectionIndex.of(rows, spans, self.batch.positions, k.device)
+        keys, values = layer.read(on_device.every_row)
         self.corrector.correct(
             LayerCorrection(
                 layer_id=layer.layer_id,
                 keys=keys,
                 values=values,
-                rows=memo.setdefault("rows", rows.to(k.device)),
+                rows=on_device.rows,
                 fresh_keys=k,
                 fresh_values=v,
                 spans=spans,
-                positions=memo.setdefault("positions", self.batch.positions.to(k.device)),
+                positions=on_device.positions,
                 rope=self.ropes[layer.layer_id],
                 memo=memo,
             )
         )
         from lmcache.kernels.kv_write import write
 
-        moved = memo.get(("moved", spans))
-        if moved is None:
-            moved = memo["moved", spans] = torch.cat([torch.arange(*span) for span in spans]).to(k.device)
+        moved = on_device.moved
         write(keys[moved], values[moved], moved.to(torch.int32), layer.kv)
 
     def let_go(self, layer: LayerKV) -> None:
@@ -143,6 +143,23 @@ class PagedBatchKV(BatchKV):
 
     def tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         return [], []
+
+
+class _CorrectionIndex(NamedTuple):
+    """What a corrector that wants the whole batch is given in every layer, on the device."""
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    every_row: torch.Tensor
+    moved: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, rows: torch.Tensor, spans: tuple[tuple[int, int], ...], positions: torch.Tensor, device: torch.device
+    ) -> _CorrectionIndex:
+        moved = torch.cat([torch.arange(*span) for span in spans])
+        every_row = torch.arange(len(positions), dtype=torch.int32)
+        return cls(rows.to(device), positions.to(device), every_row.to(device), moved.to(device))
 
 
 def can_blend_in_pages(connector: PagedConnector, ropes: Sequence[FusedRope | None]) -> bool:

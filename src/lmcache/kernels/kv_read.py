@@ -95,7 +95,7 @@ def _deviation_kernel(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    i = tl.program_id(0)
+    i = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
     whole = (h < HEADS)[:, None] & (d < DIM)[None, :]
