@@ -168,14 +168,23 @@ class BatchKV:
         if first >= end:
             return
         layer.corrected_to = end
+        spans: tuple[tuple[int, int], ...] | None = memo.get(("spans", first, end))
+        if spans is None:
+            spans = memo["spans", first, end] = self._spans_to_correct(rows, first, end)
+        if not spans:
+            return
+        start = time.perf_counter()
+        self.correct_spans(layer, rows, k, v, spans, memo)
+        self.seconds["correct"] += time.perf_counter() - start
+
+    def _spans_to_correct(self, rows: torch.Tensor, first: int, end: int) -> tuple[tuple[int, int], ...]:
+        """The moved spans within rows ``[first, end)``; none where ``rows`` are all that is reusable there."""
         kept = self.batch.reusable[first:end].clone()
         kept[rows[(rows >= first) & (rows < end)] - first] = False
         if not bool(kept.any()):
-            return
-        start = time.perf_counter()
-        spans = [(max(begin, first), min(stop, end)) for begin, stop in self.batch.moved_spans]
-        self.correct_spans(layer, rows, k, v, tuple((begin, stop) for begin, stop in spans if begin < stop), memo)
-        self.seconds["correct"] += time.perf_counter() - start
+            return ()
+        spans = ((max(begin, first), min(stop, end)) for begin, stop in self.batch.moved_spans)
+        return tuple((begin, stop) for begin, stop in spans if begin < stop)
 
     def correct_spans(
         self,
