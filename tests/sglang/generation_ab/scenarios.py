@@ -69,6 +69,19 @@ def corrupted(mode: str) -> dict[str, Any]:
     return {"served": _plain({"again": world.serve(PROMPT, [100])})}
 
 
+def stored_nodes(mode: str) -> dict[str, Any]:
+    """How much of the tree is locked once a request is done and stored, and once another one is looked up."""
+    environment(chunk_size=16, max_local_cpu_size=0.05)
+    world = World(_folder(), mode, 1)
+    world.serve(PROMPT, [100, 101])
+    locked = [int(world.radix.protected_size())]
+    world.serve([9, *PROMPT[:40]], [1])
+    req = world.request([8, *PROMPT[:40]])
+    world.lookup(req, [8, *PROMPT[:40]])
+    locked.append(int(world.radix.protected_size()))
+    return {"locked": locked, "failures": _failures(world)}
+
+
 def storm(mode: str, page: int, requests: int = 100, disk: str | None = None) -> dict[str, Any]:
     """Random requests with shared prefixes in a pool that is too small for them, some given up while queued."""
     settings = {"local_disk": disk, "max_local_disk_size": 1} if disk else {}

@@ -45,6 +45,14 @@ def test_chunks_that_do_not_end_with_pages(mode: str) -> None:
 
 
 @modes
+def test_what_is_stored_is_unlocked_without_an_eviction(mode: str) -> None:
+    """Otherwise requests may wait for room for ever: SGLang unlocks it when it evicts, and evicts what is unlocked."""
+    answer = run("stored_nodes", mode)
+    assert answer["locked"][1] == 0
+    assert answer["failures"] == 0
+
+
+@modes
 def test_wrong_kv_would_be_noticed(mode: str) -> None:
     assert run("corrupted", mode)["served"]["again"]["wrong"] > 0
 

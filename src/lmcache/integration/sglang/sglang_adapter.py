@@ -13,6 +13,7 @@ from lmcache.integration.guard import never_raise
 from lmcache.integration.sglang.attached_cache import AttachedCache
 from lmcache.integration.sglang.kv_requests import LoadMetadata, StoreMetadata
 from lmcache.integration.sglang.model_identity import engine_metadata
+from lmcache.integration.sglang.stored_nodes import StoredNodes
 from lmcache.integration.sglang.tp_agreement import min_over_ranks
 from lmcache.manager import LMCacheManager
 
@@ -92,6 +93,11 @@ class LMCacheConnector(AttachedCache):
 class LMCacheLayerwiseConnector(LMCacheConnector):
     """The same, as SGLang calls it around each forward."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See :class:`LMCacheConnector`."""
+        super().__init__(*args, **kwargs)
+        self._stored_nodes = StoredNodes(self)
+
     @never_raise(lambda: 0)
     def global_min_tokens(self, local_tokens: int, tp_group: Any, device: torch.device) -> int:
         """The smallest ``local_tokens`` of all ranks; every rank must call it."""
@@ -99,7 +105,12 @@ class LMCacheLayerwiseConnector(LMCacheConnector):
 
     def start_load_kv(self, load_metadata: LoadMetadata) -> int:
         """:meth:`load_kv`. Every layer is in its slots when this returns: see :class:`PoolCache` for why."""
+        self._unlock_stored()
         return self.load_kv(load_metadata)
+
+    @never_raise(lambda: None)
+    def _unlock_stored(self) -> None:
+        self._stored_nodes.unlock()
 
     def load_kv_layerwise(self, layer_id: int) -> None:
         """Nothing is left to do. SGLang calls this whenever a layer reads its pool, in decodes too."""
