@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,10 +94,9 @@ class LMCacheConnector(AttachedCache):
 class LMCacheLayerwiseConnector(LMCacheConnector):
     """The same, as SGLang calls it around each forward."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See :class:`LMCacheConnector`."""
-        super().__init__(*args, **kwargs)
-        self._stored_nodes = StoredNodes(self)
+    @cached_property
+    def _stored_nodes(self) -> StoredNodes:
+        return StoredNodes(self)
 
     @never_raise(lambda: 0)
     def global_min_tokens(self, local_tokens: int, tp_group: Any, device: torch.device) -> int:
