@@ -1,5 +1,7 @@
 """What can be made to go wrong in :mod:`tests.sglang.blend.launch`, by name."""
 
+from tests.blend_mistakes import BOTTOM_RIGHT, UNROTATED
+
 STEPS = (
     "integration.sglang.blend.planning:BlendPlanning._look",
     "integration.sglang.blend.planning:BlendPlanning._resident",
@@ -16,4 +18,4 @@ STEPS = (
     "paging.paged_connector:PagedConnector.write_tokens",
     "integration.sglang.blend.planning:BlendPlanning._keep_holes",
 )
-MISTAKES = ("keys not re-rotated", "bottom-right mask")
+MISTAKES = (UNROTATED, BOTTOM_RIGHT)

@@ -12,11 +12,10 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lmcache.blend.attention import QueryMask
 from lmcache.blend.rope import FusedRope
-from tests.sglang.blend.faults import MISTAKES, STEPS
+from tests.blend_mistakes import BOTTOM_RIGHT, UNROTATED, bottom_right, unrotated
+from tests.sglang.blend.faults import STEPS
 from tests.sglang.generation_c import probe
 
 
@@ -29,15 +28,8 @@ def install(folder: Path) -> None:
         owner_name, name = path.split(".")
         owner = getattr(importlib.import_module(f"lmcache.{module}"), owner_name)
         setattr(owner, name, probe._breakable(asked, fault, getattr(owner, name)))
-    _mistake(file, MISTAKES[0], FusedRope, "fused_encode", lambda self, old, new, k, **lengths: k)
-    made = QueryMask.__init__
-
-    def bottom_right(self: QueryMask, positions: torch.Tensor, *arguments: Any) -> None:
-        """The mask of a kernel that takes the rows for the last ones of the prompt."""
-        last = int(positions[-1])
-        made(self, torch.arange(last + 1 - len(positions), last + 1), *arguments)
-
-    _mistake(file, MISTAKES[1], QueryMask, "__init__", bottom_right)
+    _mistake(file, UNROTATED, FusedRope, "fused_encode", unrotated)
+    _mistake(file, BOTTOM_RIGHT, QueryMask, "__init__", bottom_right)
 
 
 def _mistake(file: Path, mistake: str, owner: type[Any], name: str, wrong: Any) -> None:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import mean
-from typing import Any
 from unittest.mock import patch
-
-import torch
 
 from lmcache.blend.attention import QueryMask
 from lmcache.blend.rope import FusedRope
 from lmcache.evaluation.measures import token_agreement
 from lmcache.evaluation.prompt_parts import PromptParts
+from tests.blend_mistakes import BOTTOM_RIGHT, UNROTATED, bottom_right, unrotated
 from tests.quality import ANSWER_TOKENS, RATIO, before, library, segments, until
 from tests.vllm.harness import model_path
 from tests.vllm.scenarios import generate, start_llm
@@ -38,7 +35,7 @@ def in_vllm(prompts: list[PromptParts]) -> dict[str, list[float]]:
         },
     )
     stop = llm.get_tokenizer().eos_token_id
-    found: dict[str, list[float]] = {"right": [], "keys not re-rotated": [], "bottom-right mask": []}
+    found: dict[str, list[float]] = {"right": [], UNROTATED: [], BOTTOM_RIGHT: []}
     for parts in prompts:
         for passage in parts.passage_ids:
             prompt = [*before(parts), *passage]
@@ -51,12 +48,13 @@ def in_vllm(prompts: list[PromptParts]) -> dict[str, list[float]]:
             "lmcache.blend_ratio": RATIO,
             "lmcache.skip_save": True,
         }
-        for name, faults in (
-            ("right", []),
-            ("keys not re-rotated", [_unrotated]),
-            ("bottom-right mask", [_bottom_right]),
-        ):
-            with _applied(faults):
+        mistakes: dict[str, AbstractContextManager[object]] = {
+            "right": nullcontext(),
+            UNROTATED: patch.object(FusedRope, "fused_encode", unrotated),
+            BOTTOM_RIGHT: patch.object(QueryMask, "__init__", bottom_right),
+        }
+        for name, mistake in mistakes.items():
+            with mistake:
                 (answer,) = generate(llm, [parts.input_ids], ANSWER_TOKENS, blended)
             report = answer["reuse"]["blend"]
             assert report["fallback"] is None, report
@@ -64,30 +62,6 @@ def in_vllm(prompts: list[PromptParts]) -> dict[str, list[float]]:
             assert held == sum(map(len, parts.passage_ids)), (segments(parts), report["segments"])
             found[name].append(token_agreement(reference, until(answer["tokens"], stop)))
     return found
-
-
-@contextmanager
-def _applied(faults: list[Callable[[], Any]]) -> Iterator[None]:
-    if not faults:
-        yield
-        return
-    with faults[0](), _applied(faults[1:]):
-        yield
-
-
-def _unrotated() -> Any:
-    return patch.object(FusedRope, "fused_encode", lambda self, old, new, k, **lengths: k)
-
-
-def _bottom_right() -> Any:
-    """The mask of a kernel that takes the rows for the last ones of the prompt."""
-    made = QueryMask.__init__
-
-    def shifted(self: QueryMask, positions: torch.Tensor, *arguments: Any) -> None:
-        last = int(positions[-1])
-        made(self, torch.arange(last + 1 - len(positions), last + 1), *arguments)
-
-    return patch.object(QueryMask, "__init__", shifted)
 
 
 def main() -> None:
