@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128_digest
 
-from lmcache.storage.disk.chunk_file import ChunkHeader
+from lmcache.storage.chunk_header import ChunkHeader
 from lmcache.storage.disk.direct_io import BLOCK
 
 

@@ -13,15 +13,10 @@ from xxhash import xxh3_128_digest
 
 from lmcache.keys import CacheKey, SegmentKey
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
-from lmcache.storage.disk.chunk_file import (
-    ChunkFileError,
-    ChunkHeader,
-    chunk_file_bytes,
-    read_chunk,
-    write_chunk,
-)
-from lmcache.storage.disk.codec import decode_spec, encode_spec
+from lmcache.storage.chunk_header import ChunkFormatError, ChunkHeader
+from lmcache.storage.disk.chunk_file import chunk_file_bytes, read_chunk, write_chunk
 from lmcache.storage.disk.direct_io import BLOCK, supports_direct_io
+from lmcache.storage.spec_codec import decode_spec, encode_spec
 from tests.storage.disk.helpers import SPEC, Heap, content, key_of, spec_of
 
 KEY = key_of(1)
@@ -79,7 +74,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path, heap: Heap) -> None:
         broken = bytearray(sound)
         broken[position] ^= 0x10
         path.write_bytes(broken)
-        with pytest.raises(ChunkFileError):
+        with pytest.raises(ChunkFormatError):
             read(path, heap)
 
 
@@ -94,7 +89,7 @@ def test_a_file_of_another_length_is_refused_before_anything_is_allocated(
     def never(spec: KVSpec) -> MemoryObj:
         raise AssertionError("allocated")
 
-    with pytest.raises(ChunkFileError) as caught:
+    with pytest.raises(ChunkFormatError) as caught:
         read_chunk(path, KEY, SPEC, never, direct=direct)
     assert caught.value.reason == "size"
 
@@ -104,7 +99,7 @@ def test_a_file_of_another_key_or_spec_is_refused(tmp_path: Path, heap: Heap) ->
     write(tmp_path / "kind", heap, key=SegmentKey(KEY))
     write(tmp_path / "spec", heap, spec=KVSpec(SPEC.shape, torch.int8, SPEC.layout, SPEC.num_tokens))
     for name, reason in (("key", "key"), ("kind", "key"), ("spec", "spec")):
-        with pytest.raises(ChunkFileError) as caught:
+        with pytest.raises(ChunkFormatError) as caught:
             read(tmp_path / name, heap)
         assert caught.value.reason == reason
 
@@ -113,7 +108,7 @@ def test_another_format_version_is_named(heap: Heap) -> None:
     block = bytearray(HEADER)
     struct.pack_into("<H", block, 8, 7)
     reseal(block)
-    with pytest.raises(ChunkFileError, match="version 7, this program reads 1"):
+    with pytest.raises(ChunkFormatError, match="version 7, this program reads 1"):
         ChunkHeader.decode(bytes(block))
 
 
@@ -130,7 +125,7 @@ def test_a_spec_too_long_for_the_header_is_refused(tmp_path: Path, heap: Heap) -
 
 @given(st.binary(max_size=2 * BLOCK))
 def test_random_bytes_are_no_header(block: bytes) -> None:
-    with pytest.raises(ChunkFileError):
+    with pytest.raises(ChunkFormatError):
         ChunkHeader.decode(block)
 
 
@@ -142,7 +137,7 @@ def test_a_damaged_header_with_a_valid_checksum_is_refused_or_sound(position: in
     reseal(block)
     try:
         header = ChunkHeader.decode(bytes(block))
-    except ChunkFileError:
+    except ChunkFormatError:
         return
     assert header.spec.nbytes == SPEC.nbytes
     assert len(header.key) == len(KEY)

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from lmcache.memory.memory_obj import KVSpec
+from lmcache.storage.breaker import CircuitBreaker
 from lmcache.storage.disk import DiskTierError, LocalDiskTier, chunk_directory, chunk_file
-from lmcache.storage.disk.breaker import CircuitBreaker
 from lmcache.storage.disk.chunk_directory import ChunkDirectory
 from lmcache.storage.disk.index import DiskIndex
 from tests.storage.disk.helpers import SPEC, Heap, chunk_files, content, get, key_of, open_tier, put, spec_of

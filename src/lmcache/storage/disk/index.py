@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import KVSpec
-from lmcache.storage.disk.codec import decode_key, decode_spec, encode_spec, key_kind
+from lmcache.storage.spec_codec import decode_key, decode_spec, encode_spec, key_kind
 
 INDEX_FILE = "index.db"
 ROWS_PER_COMMIT = 64

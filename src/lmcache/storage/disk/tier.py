@@ -11,7 +11,7 @@ from typing import ClassVar
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.observability.logging import init_logger, log_limited
-from lmcache.storage.disk.chunk_file import ChunkFileError
+from lmcache.storage.chunk_header import ChunkFormatError
 from lmcache.storage.disk.opening import open_directory
 from lmcache.storage.disk.settings import DiskSettings
 from lmcache.storage.disk.work import Read
@@ -109,7 +109,7 @@ class LocalDiskTier(StorageTier):
         obj, reason, forget = None, None, False
         try:
             obj = self._chunks.read(read.entry.file_id, read.key, read.entry.spec, self._allocate)
-        except ChunkFileError as error:
+        except ChunkFormatError as error:
             reason, forget = f"read_{error.reason}", True
             self._warn(reason, error)
         except OSError as error:

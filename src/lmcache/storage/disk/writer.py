@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
 from lmcache.observability.logging import init_logger, log_limited
-from lmcache.storage.disk.breaker import CircuitBreaker
+from lmcache.storage.breaker import CircuitBreaker
 from lmcache.storage.disk.catalog import Catalog
 from lmcache.storage.disk.chunk_directory import ChunkDirectory
 from lmcache.storage.disk.index import ROWS_PER_COMMIT, DiskIndex
