@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 
 class CircuitBreaker:
-    """After ``threshold`` consecutive failures: closed for ``cooldown`` seconds, twice as long for each further one.
+    """After ``threshold`` consecutive failures: open for ``cooldown`` seconds, twice as long for each further one.
 
-    When the time is up, attempts are allowed again; the next success makes everything normal. Thread-safe.
+    When the time is up it is half open: :meth:`attempt` lets one through, and the next when that one has succeeded or
+    failed, or has been silent for a whole cooldown. A success makes everything normal. Thread-safe.
     """
 
     def __init__(
@@ -30,16 +31,29 @@ class CircuitBreaker:
         self._resume_at = float("-inf")
 
     def allows(self) -> bool:
+        """Whether it is worth thinking of an attempt: not while it is open."""
         return self._clock() >= self._resume_at
+
+    def attempt(self) -> bool:
+        """Whether to try now; who tries says how it went. While it is half open that is one at a time."""
+        with self._lock:
+            if self._clock() < self._resume_at:
+                return False
+            if self._failures >= self._threshold:
+                self._resume_at = self._clock() + self._pause()
+            return True
 
     def succeeded(self) -> None:
         with self._lock:
             self._failures = 0
+            self._resume_at = float("-inf")
 
     def failed(self) -> None:
         with self._lock:
             self._failures += 1
-            # Beyond 30 doublings every sensible maximum is reached; the cap keeps the power small.
-            excess = min(self._failures - self._threshold, 30)
-            if excess >= 0:
-                self._resume_at = self._clock() + min(self._cooldown * 2**excess, self._max_cooldown)
+            if self._failures >= self._threshold:
+                self._resume_at = self._clock() + self._pause()
+
+    def _pause(self) -> float:
+        # Beyond 30 doublings every sensible maximum is reached; the cap keeps the power small.
+        return min(self._cooldown * 2.0 ** min(self._failures - self._threshold, 30), self._max_cooldown)
