@@ -1,6 +1,6 @@
 """What every storage tier must do, whatever its medium. A tier's test class inherits this and says how it is built.
 
-    class TestMyTier(TierConformance):
+    class TestMyTier(BoundedTierConformance):
         def make_tier(self, tmp_path, capacity_bytes, allocate):
             return MyTier(tmp_path, capacity_bytes, allocate=allocate)
 
@@ -100,7 +100,6 @@ class TierConformance:
         assert list(tier.keys()) == []
         stats = tier.stats()
         assert (stats.entries, stats.used_bytes, stats.hits, stats.evictions) == (0, 0, 0, 0)
-        assert stats.capacity_bytes == ENTRIES * (SPEC.nbytes + self.entry_overhead)
 
     def test_what_was_put_comes_back(self, tier: StorageTier) -> None:
         keys = make_keys(3)
@@ -164,6 +163,112 @@ class TierConformance:
             assert tier.remove(key)
             self.assert_misses(tier, key)
             assert torch.equal(obj.bytes, expected_bytes(key, SPEC.nbytes))
+
+    # --- forgetting ------------------------------------------------------------------------------------------------
+
+    def test_remove(self, tier: StorageTier) -> None:
+        (key,) = make_keys(1)
+        assert not tier.remove(key)
+        assert self.put(tier, key)
+        assert tier.remove(key)
+        assert not tier.remove(key)
+        self.assert_misses(tier, key)
+        assert tier.stats().used_bytes == 0
+        assert self.put(tier, key)
+        self.assert_holds(tier, key)
+
+    # --- counters and end ------------------------------------------------------------------------------------------
+
+    def test_hits_and_misses_are_counted(self, tier: StorageTier) -> None:
+        present, absent = make_keys(2)
+        assert self.put(tier, present)
+        self.assert_holds(tier, present)
+        self.assert_holds(tier, present)
+        self.assert_misses(tier, absent)
+        stats = tier.stats()
+        assert (stats.entries, stats.hits, stats.misses) == (1, 2, 1)
+
+    def test_closing_gives_everything_back(self, tier: StorageTier) -> None:
+        keys = make_keys(3)
+        for key in keys:
+            assert self.put(tier, key)
+        assert tier.pin(keys[0])
+        tier.close()
+        tier.close()
+
+    def test_a_closed_tier_misses(self, tier: StorageTier) -> None:
+        first, second = make_keys(2)
+        assert self.put(tier, first)
+        spare = self.pool.allocate(SPEC)
+        assert spare is not None
+        tier.close()
+        with spare:
+            assert not tier.submit_put(second, spare)
+        assert tier.submit_get(first).result(timeout=60) is None
+        assert tier.flush(timeout=60)
+
+    # --- threads ---------------------------------------------------------------------------------------------------
+
+    def test_threads_never_see_each_others_bytes(self, tier: StorageTier) -> None:
+        keys = make_keys(3 * ENTRIES)
+        problems: list[BaseException] = []
+
+        def work(seed: int) -> None:
+            choose = random.Random(seed)
+            try:
+                for _ in range(150):
+                    key = choose.choice(keys)
+                    action = choose.random()
+                    if action < 0.4:
+                        self._put_in_background(tier, key)
+                    elif action < 0.8:
+                        self._check_if_there(tier, key)
+                    elif action < 0.9 and tier.pin(key):
+                        self._check_if_there(tier, key)
+                        tier.unpin(key)
+                    else:
+                        tier.remove(key)
+                    self.check_while_busy(tier)
+            except BaseException as problem:
+                problems.append(problem)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        assert problems == []
+        assert tier.flush(timeout=60)
+        tier.clear()
+        assert list(tier.keys()) == []
+        assert tier.stats().used_bytes == 0
+
+    def check_while_busy(self, tier: StorageTier) -> None:
+        """What must hold at any moment."""
+
+    def _put_in_background(self, tier: StorageTier, key: CacheKey) -> None:
+        obj = self.allocate(tier, SPEC)
+        if obj is not None:
+            with obj:
+                fill(obj, key)
+                tier.submit_put(key, obj)
+
+    def _check_if_there(self, tier: StorageTier, key: CacheKey) -> None:
+        obj = tier.submit_get(key).result(timeout=60)
+        if obj is not None:
+            with obj:
+                assert torch.equal(obj.bytes, expected_bytes(key, SPEC.nbytes))
+
+
+class BoundedTierConformance(TierConformance):
+    """Of a tier that has so much room, evicts by itself and can be told what to keep."""
+
+    def test_it_says_how_much_room_it_has(self, tier: StorageTier) -> None:
+        assert tier.stats().capacity_bytes == ENTRIES * (SPEC.nbytes + self.entry_overhead)
+
+    def check_while_busy(self, tier: StorageTier) -> None:
+        stats = tier.stats()
+        assert stats.used_bytes <= stats.capacity_bytes
 
     # --- room ------------------------------------------------------------------------------------------------------
 
@@ -252,19 +357,6 @@ class TierConformance:
             tier.unpin(key)
         assert self.put(tier, extra)
 
-    # --- forgetting ------------------------------------------------------------------------------------------------
-
-    def test_remove(self, tier: StorageTier) -> None:
-        (key,) = make_keys(1)
-        assert not tier.remove(key)
-        assert self.put(tier, key)
-        assert tier.remove(key)
-        assert not tier.remove(key)
-        self.assert_misses(tier, key)
-        assert tier.stats().used_bytes == 0
-        assert self.put(tier, key)
-        self.assert_holds(tier, key)
-
     def test_clear_spares_what_is_pinned(self, tier: StorageTier) -> None:
         keys = make_keys(4)
         for key in keys:
@@ -275,81 +367,3 @@ class TierConformance:
         tier.unpin(keys[2])
         assert tier.clear() == 1
         assert (tier.stats().entries, tier.stats().used_bytes) == (0, 0)
-
-    # --- counters and end ------------------------------------------------------------------------------------------
-
-    def test_hits_and_misses_are_counted(self, tier: StorageTier) -> None:
-        present, absent = make_keys(2)
-        assert self.put(tier, present)
-        self.assert_holds(tier, present)
-        self.assert_holds(tier, present)
-        self.assert_misses(tier, absent)
-        stats = tier.stats()
-        assert (stats.entries, stats.hits, stats.misses) == (1, 2, 1)
-
-    def test_closing_gives_everything_back(self, tier: StorageTier) -> None:
-        keys = make_keys(3)
-        for key in keys:
-            assert self.put(tier, key)
-        assert tier.pin(keys[0])
-        tier.close()
-        tier.close()
-
-    def test_a_closed_tier_misses(self, tier: StorageTier) -> None:
-        first, second = make_keys(2)
-        assert self.put(tier, first)
-        spare = self.pool.allocate(SPEC)
-        assert spare is not None
-        tier.close()
-        with spare:
-            assert not tier.submit_put(second, spare)
-        assert tier.submit_get(first).result(timeout=60) is None
-        assert tier.flush(timeout=60)
-
-    # --- threads ---------------------------------------------------------------------------------------------------
-
-    def test_threads_never_see_each_others_bytes(self, tier: StorageTier) -> None:
-        keys = make_keys(3 * ENTRIES)
-        problems: list[BaseException] = []
-
-        def work(seed: int) -> None:
-            choose = random.Random(seed)
-            try:
-                for _ in range(150):
-                    key = choose.choice(keys)
-                    action = choose.random()
-                    if action < 0.4:
-                        self._put_in_background(tier, key)
-                    elif action < 0.8:
-                        self._check_if_there(tier, key)
-                    elif action < 0.9 and tier.pin(key):
-                        self._check_if_there(tier, key)
-                        tier.unpin(key)
-                    else:
-                        tier.remove(key)
-                    assert tier.stats().used_bytes <= tier.stats().capacity_bytes
-            except BaseException as problem:
-                problems.append(problem)
-
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=120)
-        assert problems == []
-        assert tier.flush(timeout=60)
-        assert tier.clear() <= ENTRIES
-        assert tier.stats().used_bytes == 0
-
-    def _put_in_background(self, tier: StorageTier, key: CacheKey) -> None:
-        obj = self.allocate(tier, SPEC)
-        if obj is not None:
-            with obj:
-                fill(obj, key)
-                tier.submit_put(key, obj)
-
-    def _check_if_there(self, tier: StorageTier, key: CacheKey) -> None:
-        obj = tier.submit_get(key).result(timeout=60)
-        if obj is not None:
-            with obj:
-                assert torch.equal(obj.bytes, expected_bytes(key, SPEC.nbytes))

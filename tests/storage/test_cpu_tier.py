@@ -10,10 +10,10 @@ from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.storage.cpu import LocalCPUTier
 from lmcache.storage.interface import Allocate, StorageTier
 from lmcache.storage.policies import POLICIES
-from tests.storage.conformance import ENTRIES, SPEC, TierConformance, fill, make_keys
+from tests.storage.conformance import ENTRIES, SPEC, BoundedTierConformance, fill, make_keys
 
 
-class TestLocalCPUTier(TierConformance):
+class TestLocalCPUTier(BoundedTierConformance):
     def make_tier(self, tmp_path: Path, capacity_bytes: int, allocate: Allocate) -> StorageTier:
         return LocalCPUTier(capacity_bytes)
 

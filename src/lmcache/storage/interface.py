@@ -33,10 +33,17 @@ class StorageTier(ABC):
     """Holds KV by key. Every method is thread-safe; none raises for a failure of the medium (that is a miss)."""
 
     name: ClassVar[str]
+    must_ask: ClassVar[bool] = False
+    """Whether :meth:`contains` knows of the medium only what :meth:`ask` has found out."""
 
     @abstractmethod
     def contains(self, key: CacheKey) -> bool:
         """Whether :meth:`submit_get` has something to try. Touches only the index, never the medium."""
+
+    def ask(self, keys: Sequence[CacheKey]) -> Future[None] | None:
+        """Begin to find out, from the medium, which of ``keys`` are there; :meth:`contains` knows when the future is
+        done. None where there is nothing to find out. The future never raises."""
+        return None
 
     @abstractmethod
     def submit_put(self, key: CacheKey, obj: MemoryObj) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -16,6 +17,7 @@ from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.observability.metrics import Metrics
 from lmcache.storage.cpu import LocalCPUTier
+from lmcache.storage.inquiry import Inquiry
 from lmcache.storage.interface import StorageTier, TierStats
 
 logger = init_logger(__name__)
@@ -35,7 +37,8 @@ class TieredStorage:
     """Host memory first, then slower tiers in the given order. Thread-safe; a fault of a tier is a miss, never raised.
 
     What is put goes to memory at once and to every slower tier when that gets to it. What is read from a slower tier
-    stays in memory. With ``keep_in_memory=False`` host memory only stages what moves to and from the slower tiers.
+    stays in memory, and goes to the tiers between. With ``keep_in_memory=False`` host memory only stages what moves to
+    and from the slower tiers.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class TieredStorage:
         self._slower = tuple(slower)
         self._keeping: tuple[StorageTier, ...] = (memory, *self._slower) if keep_in_memory else self._slower
         self._keep_in_memory = keep_in_memory
+        # Those that do not know what they hold without asking their medium.
+        self._asked = tuple(tier for tier in self._slower if tier.must_ask)
         self._lock = threading.Lock()
         self._pins: defaultdict[CacheKey, list[list[tuple[StorageTier, CacheKey]]]] = defaultdict(list)
         self._clears = 0
@@ -83,6 +88,20 @@ class TieredStorage:
     def contains(self, key: CacheKey) -> bool:
         return bool(self.find([key]))
 
+    def ask(self, keys: Sequence[CacheKey]) -> Inquiry:
+        """Have the tiers find out which of ``keys`` they hold, as far as that takes a question to their medium.
+
+        Only what follows the leading hits is asked for. :meth:`find` then knows what was answered in time.
+        """
+        asked: list[Future[None]] = []
+        if self._asked and not self._closed:
+            missing = keys[len(self.find(keys)) :]
+            for tier in self._asked if missing else ():
+                answer = self._attempt("ask", partial(tier.ask, missing), None)
+                if answer is not None:
+                    asked.append(answer)
+        return Inquiry(asked)
+
     # Getting
 
     def acquire(self, key: CacheKey) -> Found | None:
@@ -96,7 +115,8 @@ class TieredStorage:
         return Found(tier, None, self.fetch(key, tier))
 
     def fetch(self, key: CacheKey, tier: StorageTier) -> Future[MemoryObj | None]:
-        """Start reading ``key`` from ``tier``. What a slower tier gives is in memory when the future is done.
+        """Start reading ``key`` from ``tier``. What it gives is in memory when the future is done, and on its way to
+        the other tiers that are faster.
 
         The future gives an object with one reference for the caller, or None for a miss. It never raises and cannot
         be cancelled (the reference would be lost).
@@ -125,11 +145,11 @@ class TieredStorage:
             promoted.set_result(None)
             return
         self.metrics.read(tier.name, obj.spec.nbytes)
-        if self._keep_in_memory:
-            with self._lock:
-                # A read that was under way during `clear` must not bring back what was forgotten.
-                if clears == self._clears and not self._closed:
-                    self._put_into(self.memory, key, obj)
+        with self._lock:
+            # A read that was under way during `clear` must not bring back what was forgotten.
+            if clears == self._clears and not self._closed:
+                for faster in itertools.takewhile(lambda each: each is not tier, self._keeping):
+                    self._put_into(faster, key, obj)
         promoted.set_result(obj)
 
     # Putting

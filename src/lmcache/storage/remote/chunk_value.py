@@ -42,9 +42,11 @@ class ChunkReceiver(Receiver):
         try:
             header = ChunkHeader.decode(bytes(head))
         except ChunkFormatError as error:
-            return self._damaged(error)
+            self._damaged(error)
+            return None
         if nbytes != HEADER_BYTES + header.spec.nbytes:
-            return self._damaged(ChunkFormatError("size", f"{nbytes} bytes, of which {header.spec.nbytes} are payload"))
+            self._damaged(ChunkFormatError("size", f"{nbytes} bytes, of which {header.spec.nbytes} are payload"))
+            return None
         obj = self._allocate(header.spec)
         if obj is None:
             self.failure = "no_memory"

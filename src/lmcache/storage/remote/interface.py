@@ -99,7 +99,10 @@ class RemoteStore(ABC):
 
     @abstractmethod
     def get(self, wanted: Sequence[Wanted], timeout: float) -> None:
-        """Hand each value that is there to its receiver, in any order, from this thread."""
+        """Hand each value that is there to its receiver, in any order, from this thread.
+
+        Once this has returned or raised, nothing writes into memory that a receiver gave.
+        """
 
     @abstractmethod
     def put(self, values: Sequence[Value], timeout: float) -> None:

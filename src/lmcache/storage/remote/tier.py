@@ -1,0 +1,294 @@
+"""``RemoteTier``: KV in a store that many servers share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ClassVar, TypeVar
+
+from lmcache.keys import CacheKey
+from lmcache.memory.memory_obj import MemoryObj
+from lmcache.observability.logging import init_logger, log_limited
+from lmcache.storage.breaker import CircuitBreaker
+from lmcache.storage.interface import Allocate, StorageTier, TierStats
+from lmcache.storage.remote.chunk_value import ChunkReceiver, encode_chunk
+from lmcache.storage.remote.interface import RemoteStore, RemoteStoreError, Value, Wanted
+from lmcache.storage.remote.known_keys import KnownKeys
+from lmcache.storage.remote.names import RemoteNames
+from lmcache.storage.remote.reads import Read, Reads
+from lmcache.storage.remote.settings import RemoteSettings
+from lmcache.storage.remote.uploads import Uploads
+
+logger = init_logger(__name__)
+
+T = TypeVar("T")
+
+_KNOWN_KEYS = 1 << 18
+_LOOKUP_THREADS = 2
+_MAX_LOOKUPS = 64
+
+
+class RemoteTier(StorageTier):
+    """Puts are written behind the caller's back; until then they are served from the host memory they wait in.
+
+    Only what the store was seen to have is there: :meth:`ask` finds that out. What vanished from the store meanwhile
+    is a miss when it is read. A store that fails several times in a row is left alone for a while, and everything is a
+    miss until then. :meth:`clear` and :meth:`remove` are for everybody who uses the store.
+    """
+
+    name: ClassVar[str] = "remote"
+    must_ask: ClassVar[bool] = True
+
+    def __init__(self, store: RemoteStore, settings: RemoteSettings, allocate: Allocate) -> None:
+        """Takes over ``store``. ``allocate`` gives the host memory that chunks are read into."""
+        self.store = store
+        self.names = RemoteNames()
+        self.breaker = CircuitBreaker()
+        self._settings = settings
+        self._allocate = allocate
+        self._known = KnownKeys(settings.known_seconds, _KNOWN_KEYS)
+        self._uploads = Uploads(settings.write_queue_bytes)
+        self._reads = Reads(settings.read_threads)
+        self._lock = threading.Lock()
+        self._failures: Counter[str] = Counter()
+        self._hits = self._misses = self._dropped = self._asking = 0
+        self._pid, self._closed = os.getpid(), False
+        self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lmcache-remote-lookup")
+        self._readers = ThreadPoolExecutor(settings.read_threads, thread_name_prefix="lmcache-remote-read")
+        self._writers = [
+            threading.Thread(target=self._write_all, name=f"lmcache-remote-write-{index}", daemon=True)
+            for index in range(settings.write_threads)
+        ]
+        for writer in self._writers:
+            writer.start()
+
+    # Looking
+
+    def contains(self, key: CacheKey) -> bool:
+        return key in self._uploads or (key in self._known and self.breaker.allows())
+
+    def ask(self, keys: Sequence[CacheKey]) -> Future[None] | None:
+        unknown = [key for key in keys if key not in self._known and key not in self._uploads]
+        if not unknown or not self.breaker.allows():
+            return None
+        return self.call_later(lambda: self._find_out(unknown))
+
+    def call_later(self, look: Callable[[], None]) -> Future[None] | None:
+        """Run ``look``, which asks the store something small, on a thread for that. None where too many wait."""
+        with self._lock:
+            if self._closed or self._asking >= _MAX_LOOKUPS:
+                return None
+            self._asking += 1
+        try:
+            return self._lookups.submit(self._look, look)
+        except RuntimeError:  # the interpreter ends
+            return None
+
+    def _look(self, look: Callable[[], None]) -> None:
+        try:
+            look()
+        finally:
+            with self._lock:
+                self._asking -= 1
+
+    def _find_out(self, keys: list[CacheKey]) -> None:
+        names = self.names
+        timeout = self._settings.lookup_timeout
+        nowhere: list[bool] = []
+        there = self.attempt("lookup", lambda: self.store.exists([names.of(key) for key in keys], timeout), nowhere)
+        self._known.add(key for key, is_there in zip(keys, there, strict=False) if is_there)
+
+    # Getting
+
+    def submit_get(self, key: CacheKey) -> Future[MemoryObj | None]:
+        future: Future[MemoryObj | None] = Future()
+        future.set_running_or_notify_cancel()
+        if (waiting := self._uploads.get(key)) is not None:
+            self._count(hits=1)
+            future.set_result(waiting)
+        elif self._closed or not self.contains(key):
+            self._count(misses=1)
+            future.set_result(None)
+        elif self._reads.add(key, future):
+            try:
+                self._readers.submit(self._read_some)
+            except RuntimeError:  # closed meanwhile
+                self._reads.give_up()
+        return future
+
+    def _read_some(self) -> None:
+        reads = self._reads.take()
+        if not reads:
+            return
+        receivers = [ChunkReceiver(read.key, self._allocate) for read in reads]
+        wanted = [Wanted(self.names.of(read.key), each) for read, each in zip(reads, receivers, strict=True)]
+        try:
+            self.attempt("read", lambda: self.store.get(wanted, self._settings.timeout), None)
+        finally:
+            for read, receiver in zip(reads, receivers, strict=True):
+                self._read_ended(read, receiver)
+
+    def _read_ended(self, read: Read, receiver: ChunkReceiver) -> None:
+        obj = receiver.take()
+        if obj is None:
+            self._known.discard(read.key)
+        else:
+            self._known.add([read.key])
+        if receiver.failure is not None:
+            self._fail(f"read_{receiver.failure}", f"a chunk is not what it should be ({receiver.failure})")
+        if receiver.is_damaged:
+            self._delete(read.key)
+        self._count(hits=int(obj is not None), misses=int(obj is None))
+        self._reads.end(read, obj)
+
+    # Putting
+
+    def submit_put(self, key: CacheKey, obj: MemoryObj) -> bool:
+        if key in self._known:
+            return True
+        if not self._closed and self.breaker.allows() and self._uploads.add(key, obj):
+            return True
+        self._count(dropped=1)
+        return False
+
+    def _write_all(self) -> None:
+        while burst := self._uploads.take():
+            self._write_and_end(burst)
+
+    def _write_and_end(self, burst: list[tuple[CacheKey, MemoryObj]]) -> None:
+        try:
+            self._write(burst)
+        except Exception as error:
+            self._count(dropped=len(burst))
+            self._fail("write_internal", repr(error))
+        finally:
+            for key, _ in burst:
+                self._uploads.end(key)
+
+    def _write(self, burst: list[tuple[CacheKey, MemoryObj]]) -> None:
+        timeout, generation = self._timeout, self.names.generation
+        names = [self.names.of(key) for key, _ in burst]
+        unclaimed: list[bool] = []
+        claimed = self.attempt("claim", lambda: self.store.claim(names, 2 * timeout, timeout), unclaimed)
+        if not claimed:
+            self._count(dropped=len(burst))
+            return
+        values = [
+            Value(name, encode_chunk(key, obj))
+            for name, (key, obj), mine in zip(names, burst, claimed, strict=True)
+            if mine
+        ]
+        if values and not self.attempt("write", lambda: self._put(values), False):
+            self._count(dropped=len(values))
+            return
+        if generation != self.names.generation:  # forgotten while it was written
+            return
+        # Who claimed the others writes them, or has; if not, the next look-up finds out.
+        self._known.add(key for (key, _), mine in zip(burst, claimed, strict=True) if mine)
+
+    def _put(self, values: list[Value]) -> bool:
+        self.store.put(values, self._timeout)
+        return True
+
+    # Keeping
+
+    def remove(self, key: CacheKey) -> bool:
+        """Waits for the store."""
+        if not (self._uploads.cancel(key) or self._known.discard(key)):
+            return False
+        self._delete(key)
+        return True
+
+    def _delete(self, key: CacheKey) -> None:
+        self.attempt("delete", lambda: self.store.delete([self.names.of(key)], self._settings.lookup_timeout), None)
+
+    def pin(self, key: CacheKey) -> bool:
+        """The store evicts as it likes, so this promises nothing."""
+        return self.contains(key)
+
+    def unpin(self, key: CacheKey) -> None: ...
+
+    def keys(self) -> list[CacheKey]:
+        """Of those that were seen in the store of late."""
+        return self._known.keys()
+
+    def clear(self) -> int:
+        self.names.forget()
+        gone = self._uploads.cancel_all() + self._known.clear()
+        # Tells the others soon, not at the next look-up.
+        self.call_later(lambda: self.attempt("clear", lambda: None, None))
+        return gone
+
+    def flush(self, timeout: float | None = None) -> bool:
+        return self._uploads.wait(timeout)
+
+    def stats(self) -> TierStats:
+        """``entries`` are those seen of late; what the store holds altogether, and how much, it knows itself."""
+        with self._lock:
+            return TierStats(
+                entries=len(self._known),
+                used_bytes=0,
+                capacity_bytes=0,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=0,
+                dropped_puts=self._dropped,
+                failures=dict(self._failures),
+            )
+
+    def close(self) -> None:
+        # The threads stayed with the process that made them.
+        if os.getpid() != self._pid or self._closed:
+            return
+        self._closed = True
+        if not self._uploads.wait(self._settings.close_timeout):
+            logger.warning("remote tier: closing with chunks not yet written; they are dropped")
+        self._uploads.close()
+        for writer in self._writers:
+            writer.join()
+        self._lookups.shutdown(cancel_futures=True)
+        self._readers.shutdown()
+        self.store.close()
+
+    # Failing
+
+    @property
+    def _timeout(self) -> float:
+        return self._settings.timeout
+
+    def attempt(self, what: str, call: Callable[[], T], fallback: T) -> T:
+        """What ``call`` gives; ``fallback`` where the store fails or is left alone. Never raises."""
+        if not self.breaker.attempt():
+            return fallback
+        try:
+            if self.names.is_due and self.names.refresh(self.store, self._settings.lookup_timeout):
+                self._known.clear()
+            result = call()
+        except RemoteStoreError as error:
+            if error.is_outage:
+                self.breaker.failed()
+            else:
+                self.breaker.succeeded()
+            self._fail(f"{what}_{error.reason}", str(error))
+            return fallback
+        except Exception as error:
+            self.breaker.failed()
+            self._fail(f"{what}_internal", repr(error))
+            return fallback
+        self.breaker.succeeded()
+        return result
+
+    def _fail(self, reason: str, detail: str) -> None:
+        with self._lock:
+            self._failures[reason] += 1
+        log_limited(logger, logging.WARNING, f"remote:{reason}", "remote tier: %s: %s", reason, detail)
+
+    def _count(self, *, hits: int = 0, misses: int = 0, dropped: int = 0) -> None:
+        with self._lock:
+            self._hits += hits
+            self._misses += misses
+            self._dropped += dropped
