@@ -12,7 +12,7 @@ import torch
 
 from lmcache.chunk_writes import ChunkWrites
 from lmcache.config import LMCacheEngineConfig
-from lmcache.keys import Namespace, PrefixKey, Tokens, prefix_keys
+from lmcache.keys import CacheKey, Namespace, PrefixKey, Tokens, prefix_keys
 from lmcache.kv_ends import (
     HostLayout,
     KVCache,
@@ -31,6 +31,7 @@ from lmcache.observability.events import CacheStoreEvent, EventBuffer
 from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.prompt import Chunk, Prompt, cut, leading_false
 from lmcache.retrieval import Target, all_arrived, copy_arriving
+from lmcache.storage.inquiry import Inquiry
 from lmcache.storage.interface import TierStats
 from lmcache.storage.tiered import TieredStorage
 
@@ -108,15 +109,24 @@ class LMCacheEngine:
 
     # Looking up
 
+    def ask(self, keys: Sequence[CacheKey]) -> Inquiry:
+        """Have shared stores say which of ``keys`` they hold, in ``remote_lookup_seconds``. Never blocks; what was
+        answered is found from then on."""
+        return self.storage.ask(keys, self.config.remote_lookup_seconds)
+
     def lookup(self, tokens: Tokens, *, lora: str = "", cache_salt: str = "", paged: bool = False) -> int:
-        """How many leading tokens could be reused now. Touches only indexes, holds nothing."""
-        hits = self.storage.find(self.prefix_keys(tokens, lora=lora, cache_salt=cache_salt, paged=paged))
+        """How many leading tokens could be reused now. Touches only indexes, holds nothing; a shared store is asked,
+        which may take ``remote_lookup_seconds``."""
+        keys = self.prefix_keys(tokens, lora=lora, cache_salt=cache_salt, paged=paged)
+        self._wait_for_stores(keys)
+        hits = self.storage.find(keys)
         count = self._num_tokens(len(hits), tokens)
         return count if count >= self.config.min_retrieve_tokens else 0
 
     def contains(self, tokens: Tokens, *, lora: str = "", cache_salt: str = "", paged: bool = False) -> bool:
         """Whether every chunk of ``tokens`` is held (with ``save_unfull_chunk`` also a last one that is not full)."""
         keys = self.prefix_keys(tokens, lora=lora, cache_salt=cache_salt, paged=paged)
+        self._wait_for_stores(keys)
         return bool(keys) and len(self.storage.find(keys)) == len(keys)
 
     def prefetch(
@@ -127,14 +137,19 @@ class LMCacheEngine:
         cache_salt: str = "",
         paged: bool = False,
         keys: Sequence[PrefixKey] | None = None,
+        ask_stores: bool = False,
     ) -> PrefixLease:
-        """Hold what can be reused, and start reading what lies in slower tiers. Never blocks.
+        """Hold what can be reused, and start reading what lies in slower tiers. Never blocks without ``ask_stores``.
 
         Args:
             keys: of :meth:`prefix_keys` for the same arguments, if the caller has them.
+            ask_stores: wait until shared stores have said what they hold, ``remote_lookup_seconds`` at most. Without
+                it, only what they have said before counts; see :meth:`ask`.
         """
         with self.metrics.timed("prefetch"):
             prompt = self._prompt(tokens, None, keys, paged, lora, cache_salt)
+            if ask_stores:
+                self._wait_for_stores([chunk.key for chunk in prompt.chunks])
             return self._lease(prompt.chunks, 0, len(prompt), paged)
 
     # Retrieving
@@ -389,12 +404,16 @@ class LMCacheEngine:
         """``lease``, or one of our own of the chunks from token ``start`` on."""
         if lease is None:
             prompt = self._prompt(tokens, None, None, paged, lora, cache_salt)
+            self._wait_for_stores([chunk.key for chunk in prompt.chunks])
             with self._lease(prompt.chunks[start // self.config.chunk_size :], start, len(prompt), paged) as own:
                 yield own
         elif lease.layout != self._host(paged).layout:
             raise ValueError(f"lease: is of layout {lease.layout!r}, expected {self._host(paged).layout!r}")
         else:
             yield lease
+
+    def _wait_for_stores(self, keys: Sequence[CacheKey]) -> None:
+        self.ask(keys).wait()
 
     def _lease(self, chunks: Sequence[Chunk], start: int, num_tokens: int, paged: bool) -> PrefixLease:
         self.metrics.requested(num_tokens - start)

@@ -14,9 +14,14 @@ from lmcache.observability.metrics import Metrics
 from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.segmentation.known_passages import KnownPassages
 from lmcache.segmentation.passage_catalog import PassageCatalog
+from lmcache.segmentation.shared_passages import SharedPassages
 from lmcache.storage.cpu import LocalCPUTier
 from lmcache.storage.disk import DiskSettings, DiskTierError, LocalDiskTier
 from lmcache.storage.policies import make_policy
+from lmcache.storage.remote.interface import StoreOptions
+from lmcache.storage.remote.settings import RemoteSettings
+from lmcache.storage.remote.stores import open_store
+from lmcache.storage.remote.tier import LOOKUP_THREADS, RemoteTier
 from lmcache.storage.tiered import TieredStorage
 
 logger = init_logger(__name__)
@@ -31,7 +36,8 @@ class LMCacheManager:
         metadata: LMCacheEngineMetadata,
         gpu_connector: GPUConnectorInterface | None = None,
     ) -> None:
-        """A disk that cannot be used is said in the log and counted; everything goes on without it.
+        """A disk that cannot be used is said in the log and counted; everything goes on without it. A shared store may
+        be away: it is used when it comes.
 
         Raises:
             ValueError: the configuration cannot work. Nothing is left behind then, nor after any other exception.
@@ -42,12 +48,19 @@ class LMCacheManager:
         with ExitStack() as started:
             memory = LocalCPUTier(int(config.max_local_cpu_size * GIB), config.cache_policy)
             started.callback(memory.close)
-            slower = [disk] if (disk := self._open_disk(memory)) is not None else []
+            disk = self._open_disk(memory)
+            remote = self._open_remote(memory)
+            slower = [tier for tier in (disk, remote) if tier is not None]
             # Closes them all, the slow ones first.
             self.storage = TieredStorage(memory, slower, keep_in_memory=config.local_cpu, metrics=self.metrics)
             started.callback(self.storage.close)
             self.engine = LMCacheEngine(config, metadata, self.storage, gpu_connector)
-            self.passages = self._know_passages(on_disk=bool(slower)) if config.enable_blending else None
+            self.passages = self._know_passages(on_disk=disk is not None) if config.enable_blending else None
+            self.shared_passages = (
+                SharedPassages(remote, self.passages, config.remote_lookup_seconds)
+                if remote is not None and self.passages is not None
+                else None
+            )
             started.pop_all()
 
     def _know_passages(self, *, on_disk: bool) -> KnownPassages:
@@ -73,6 +86,27 @@ class LMCacheManager:
             self.metrics.failure("disk_start")
             logger.error("going on without the disk tier: %s", error)
             return None
+
+    def _open_remote(self, memory: LocalCPUTier) -> RemoteTier | None:
+        config = self.config
+        if config.remote_url is None:
+            return None
+        store = open_store(
+            config.remote_url,
+            StoreOptions(
+                connections=config.remote_io_threads + config.remote_write_threads + LOOKUP_THREADS + 1,
+                ttl_seconds=config.remote_ttl_seconds,
+                extra=dict(config.extra_config),
+            ),
+        )
+        settings = RemoteSettings(
+            timeout=config.remote_timeout_seconds,
+            lookup_timeout=config.remote_lookup_seconds,
+            read_threads=config.remote_io_threads,
+            write_threads=config.remote_write_threads,
+            write_queue_bytes=int(config.remote_write_queue_size * GIB),
+        )
+        return RemoteTier(store, settings, memory.allocate)
 
     def stats(self) -> EngineStats:
         return self.engine.stats()

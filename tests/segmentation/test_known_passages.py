@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lmcache.keys import CacheKey, Namespace, placed_segment_key, prefix_keys
 from lmcache.segmentation.anchors import WINDOW
 from lmcache.segmentation.known_passages import KnownChunk, KnownPassages
-from lmcache.segmentation.passage_catalog import FILE, CatalogRow, PassageCatalog
+from lmcache.segmentation.passage_catalog import FILE, PassageCatalog
+from lmcache.segmentation.passage_row import PassageRow
 
 ONE, OTHER = Namespace("model", "bfloat16", "layout"), Namespace("model", "bfloat16", "layout", cache_salt="other")
 
@@ -128,7 +129,7 @@ def test_a_damaged_row_is_dropped_and_the_others_are_read(tmp_path: Path) -> Non
     catalog = PassageCatalog(tmp_path)
     noted = chunks(ONE, text(256, 0), 64)
     for chunk in noted:
-        catalog.put(CatalogRow(chunk.key, chunk.tokens, chunk.start, None, (0,)))
+        catalog.put(PassageRow(chunk.key, chunk.tokens, chunk.start, None, (0,)))
     catalog.close()
     with sqlite3.connect(tmp_path / FILE) as connection:
         connection.execute("UPDATE passages_1 SET row = x'00ff' WHERE key = ?", (bytes(noted[1].key),))

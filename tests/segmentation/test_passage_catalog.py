@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache.keys import KEY_BYTES, CacheKey, PrefixKey, SegmentKey
-from lmcache.segmentation.passage_catalog import FILE, CatalogRow, PassageCatalog
+from lmcache.segmentation.passage_catalog import FILE, PassageCatalog
+from lmcache.segmentation.passage_row import PassageRow
 
 KEYS = st.builds(
     lambda kind, raw: kind(raw), st.sampled_from([PrefixKey, SegmentKey]), st.binary(min_size=KEY_BYTES, max_size=48)
 )
 ROWS = st.builds(
-    CatalogRow,
+    PassageRow,
     KEYS,
     st.lists(st.integers(0, 2**32 - 1), max_size=300).map(lambda tokens: np.array(tokens, np.uint32)),
     st.integers(0, 2**40),
@@ -27,32 +28,32 @@ ROWS = st.builds(
 )
 
 
-def row(number: int) -> CatalogRow:
+def row(number: int) -> PassageRow:
     tokens = np.random.default_rng(number).integers(0, 2**32, 256, np.uint32)
-    return CatalogRow(SegmentKey(bytes([number % 251]) * KEY_BYTES), tokens, 256 * number, None, (0,))
+    return PassageRow(SegmentKey(bytes([number % 251]) * KEY_BYTES), tokens, 256 * number, None, (0,))
 
 
-def write(directory: Path, rows: list[CatalogRow]) -> None:
+def write(directory: Path, rows: list[PassageRow]) -> None:
     catalog = PassageCatalog(directory)
     for each in rows:
         catalog.put(each)
     catalog.close()
 
 
-def read(directory: Path) -> list[CatalogRow]:
+def read(directory: Path) -> list[PassageRow]:
     catalog = PassageCatalog(directory)
     found = list(catalog.rows())
     catalog.close()
     return found
 
 
-def plain(each: CatalogRow) -> tuple[object, ...]:
+def plain(each: PassageRow) -> tuple[object, ...]:
     return type(each.key), each.key, each.tokens.tolist(), each.start, type(each.before), each.before, each.seams
 
 
 @settings(max_examples=25)
 @given(st.lists(ROWS, max_size=8, unique_by=lambda each: bytes(each.key)), st.data())
-def test_rows_come_back_as_they_were_put_without_those_removed(rows: list[CatalogRow], data: st.DataObject) -> None:
+def test_rows_come_back_as_they_were_put_without_those_removed(rows: list[PassageRow], data: st.DataObject) -> None:
     gone: list[CacheKey] = data.draw(st.lists(st.sampled_from([each.key for each in rows]))) if rows else []
     with TemporaryDirectory() as name:
         catalog = PassageCatalog(Path(name))

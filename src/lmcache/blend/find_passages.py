@@ -18,7 +18,9 @@ from lmcache.segmentation.explicit import explicit_passages
 from lmcache.segmentation.known_passages import KnownPassages
 from lmcache.segmentation.passage_index import PassageMatch
 from lmcache.segmentation.separator_text import SeparatorFinder
+from lmcache.segmentation.shared_passages import SharedPassages
 from lmcache.segmentation.token_text import Tokenizer, TokenReader
+from lmcache.storage.inquiry import Inquiry
 
 Range = tuple[int, int]
 
@@ -50,15 +52,21 @@ class PassageFinder:
     """Cuts prompts as ``blend_segmentation`` says, and finds what the cache has of them."""
 
     def __init__(
-        self, engine: LMCacheEngine, known: KnownPassages, config: LMCacheEngineConfig, tokenizer: Tokenizer | None
+        self,
+        engine: LMCacheEngine,
+        known: KnownPassages,
+        config: LMCacheEngineConfig,
+        tokenizer: Tokenizer | None,
+        shared: SharedPassages | None = None,
     ) -> None:
-        """``tokenizer`` is needed for separators, and for ranges of characters.
+        """``tokenizer`` is needed for separators, and for ranges of characters. ``shared`` knows what others know.
 
         Raises:
             ValueError: the separator cannot be found with this tokenizer.
         """
         self._engine = engine
         self._known = known
+        self._shared = shared
         self._config = config
         self._reader = TokenReader(tokenizer) if tokenizer is not None else None
         self._separator: SeparatorFinder | None = None
@@ -82,23 +90,37 @@ class PassageFinder:
             return self._separator.passages(tokens)
         return [] if self._config.blend_segmentation == "explicit" else None
 
+    def ask(self, tokens: Sequence[int], start: int, ranges: list[Range] | None, namespace: bytes) -> Inquiry:
+        """Have other servers' passages looked up, for :meth:`find` with the same arguments. Never blocks."""
+        if self._shared is None or ranges == []:
+            return Inquiry()
+        return self._shared.ask(token_array(tokens)[start:], namespace, _seams(start, ranges))
+
     def find(self, tokens: Sequence[int], start: int, ranges: list[Range] | None, namespace: bytes) -> FoundPassages:
         """Hold what the cache has of ``tokens[start:]``, and start the reads of what lies in slower tiers."""
         if ranges == []:
             return FoundPassages(PassageLease(), ranges)
         # Where passages are cut anyway, a part of one may be shorter.
         min_tokens = self._config.blend_min_tokens if ranges is None else WINDOW
-        seams = [first - start for first, _ in ranges or () if first >= start]
         behind: npt.NDArray[np.uint32] = token_array(tokens)[start:]
         matches = [
             _shifted(match, start)
             for match in self._known.find(
-                behind, namespace, max(min_tokens, WINDOW), seams, exact_tokens=start if ranges is None else 0
+                behind,
+                namespace,
+                max(min_tokens, WINDOW),
+                _seams(start, ranges),
+                exact_tokens=start if ranges is None else 0,
             )
         ]
         connector = self._engine.gpu_connector
         assert connector is not None
         return FoundPassages(PassageLease.take(self._engine.storage, matches, connector.spec), ranges)
+
+
+def _seams(start: int, ranges: list[Range] | None) -> list[int]:
+    """Where passages begin, counted from ``start``."""
+    return [first - start for first, _ in ranges or () if first >= start]
 
 
 def _shifted(match: PassageMatch[CacheKey], by: int) -> PassageMatch[CacheKey]:

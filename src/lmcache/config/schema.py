@@ -26,7 +26,9 @@ from lmcache.config.value_types import (
     JsonObject,
     Layers,
     OptionalDirectory,
+    OptionalFloat,
     OptionalThresholds,
+    OptionalUrl,
     PolicyName,
     Ratios,
 )
@@ -50,7 +52,7 @@ class LMCacheEngineConfig(BaseModel):
         description="How a chunk's bytes lie: automatic (on a CPU the engine's own pages, the fastest) or token_major, "
         "which every engine reads.",
     )
-    local_cpu: Bool = Field(True, description="Keep chunks in host memory. Off: memory is only staging for the disk.")
+    local_cpu: Bool = Field(True, description="Keep chunks in host memory. Off: it only stages for disk and store.")
     max_local_cpu_size: Float = Field(5.0, gt=0, description="Host memory for chunks, in GiB. Grows as it is used.")
     local_disk: OptionalDirectory = Field(
         None, description="Directory of the disk tier (file:// allowed); unset: no disk. One server a directory."
@@ -66,7 +68,24 @@ class LMCacheEngineConfig(BaseModel):
         0.5, gt=0, description="GiB of chunks that may wait to be written; beyond it new ones are not written."
     )
     max_disk_wait_seconds: Float = Field(
-        10.0, ge=0, description="How long a request waits for its chunks from disk before the rest is computed."
+        10.0, ge=0, description="How long a request waits for chunks from disk or store before the rest is computed."
+    )
+    remote_url: OptionalUrl = Field(
+        None, description="Store that several servers share, such as redis://host:6379; unset: none."
+    )
+    remote_lookup_seconds: Float = Field(
+        0.2, gt=0, description="How long the shared store may take to say what it holds; later it counts as nothing."
+    )
+    remote_timeout_seconds: Float = Field(
+        5.0, gt=0, description="How long one read or write of chunks in the shared store may take."
+    )
+    remote_io_threads: Int = Field(4, ge=1, le=64, description="Reads from the shared store under way at once.")
+    remote_write_threads: Int = Field(2, ge=1, le=64, description="Writes to the shared store under way at once.")
+    remote_write_queue_size: Float = Field(
+        0.5, gt=0, description="GiB of chunks that may wait to be written there; beyond it new ones are not written."
+    )
+    remote_ttl_seconds: OptionalFloat = Field(
+        None, gt=0, description="After this long the shared store may drop a chunk; unset: the store's own eviction."
     )
     use_layerwise: Bool = Field(False, description="Load layer by layer while the forward runs.")
     save_decode_cache: Bool = Field(False, description="Also keep the KV of generated tokens.")
@@ -108,7 +127,7 @@ class LMCacheEngineConfig(BaseModel):
         return self
 
     def _contradictions(self) -> Iterator[Contradiction]:
-        if not self.local_cpu and self.local_disk is None:
+        if not self.local_cpu and self.local_disk is None and self.remote_url is None:
             yield Contradiction(("local_cpu", "local_disk"), "nowhere to keep anything; switch one of them on")
         if self.local_disk is not None and self.max_local_disk_size == 0:
             yield Contradiction(("local_disk", "max_local_disk_size"), "a disk tier needs a size above 0")

@@ -65,6 +65,23 @@ def _directory(value: Any) -> Any:
     return Path(os.path.abspath(os.path.expanduser(text)))
 
 
+def _url(value: Any) -> Any:
+    """With the scheme in lower case; whether there is such a store is said when it is opened."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.lower() in _UNSET:
+        return None
+    scheme, is_url, rest = text.partition("://")
+    if not is_url or not scheme:
+        raise ValueError("must be a URL such as redis://host:6379 or file:///mnt/shared/kv")
+    return f"{scheme.lower()}://{rest}"
+
+
+def _number_or_unset(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() in _UNSET else _number(value)
+
+
 def _lower(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
 
@@ -88,6 +105,8 @@ Thresholds: TypeAlias = Annotated[
 OptionalThresholds: TypeAlias = Annotated[Thresholds | None, BeforeValidator(_sequence_or_unset)]
 JsonObject: TypeAlias = Annotated[Mapping[str, Any], BeforeValidator(_mapping)]
 OptionalDirectory: TypeAlias = Annotated[Path | None, BeforeValidator(_directory)]
+OptionalUrl: TypeAlias = Annotated[str | None, BeforeValidator(_url)]
+OptionalFloat: TypeAlias = Annotated[float | None, BeforeValidator(_number_or_unset)]
 PolicyName: TypeAlias = Annotated[Literal["LRU", "LFU", "FIFO", "S3FIFO"], BeforeValidator(_upper)]
 ChunkLayout: TypeAlias = Annotated[Literal["automatic", "token_major"], BeforeValidator(_lower)]
 BlendSegmentation: TypeAlias = Annotated[Literal["automatic", "separator", "explicit"], BeforeValidator(_lower)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,8 +14,9 @@ import numpy.typing as npt
 from lmcache.keys import CacheKey
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.segmentation.anchors import WINDOW
-from lmcache.segmentation.passage_catalog import CatalogRow, PassageCatalog
+from lmcache.segmentation.passage_catalog import PassageCatalog
 from lmcache.segmentation.passage_index import PassageIndex, PassageMatch, Piece, run_length
+from lmcache.segmentation.passage_row import PassageRow
 
 logger = init_logger(__name__)
 
@@ -50,6 +51,8 @@ class KnownPassages:
         self._lock = threading.Lock()
         self._added = 0
         self._closed = False
+        self.publish: Callable[[Sequence[PassageRow]], None] | None = None
+        """Tells others of consecutive chunks. Never blocks."""
         self.loaded = threading.Event()
         if catalog is None:
             self.loaded.set()
@@ -69,14 +72,25 @@ class KnownPassages:
             seams: positions of that prompt at which passages are known to begin.
             before: the chunk in front of the first, if it is known too.
         """
+        rows: list[PassageRow] = []
         for chunk in chunks:
             inside = {seam - chunk.start for seam in seams if 0 <= seam - chunk.start < len(chunk.tokens)}
             # The start of every chunk counts too: a prompt is searched from where its exact prefix ends, which is such
             # a start, and a seam too close to the end of its chunk for a window is found by the start of the next.
-            row = CatalogRow(chunk.key, chunk.tokens, chunk.start, before, tuple(sorted(inside | {0})))
+            row = PassageRow(chunk.key, chunk.tokens, chunk.start, before, tuple(sorted(inside | {0})))
+            rows.append(row)
             if self._note(row) and self._catalog is not None:
                 self._catalog.put(row)
             before = chunk.key
+        if rows and self.publish is not None:
+            self.publish(rows)
+        self._sweep_if_due()
+
+    def learn(self, rows: Iterable[PassageRow]) -> None:
+        """Note chunks that others have published. A row that cannot be ours (its chunk is too long) is left out."""
+        for row in rows:
+            if len(row.tokens) <= self._index.chunk_size and row.start >= 0:
+                self._note(row)
         self._sweep_if_due()
 
     def find(
@@ -107,7 +121,7 @@ class KnownPassages:
             self._loading.join()
             self._catalog.close()
 
-    def _note(self, row: CatalogRow) -> bool:
+    def _note(self, row: PassageRow) -> bool:
         """Whether it is new."""
         if row.key in self._index or len(row.tokens) < WINDOW:
             return False

@@ -9,15 +9,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-import msgspec
-import numpy as np
-import numpy.typing as npt
-from blake3 import blake3
-
-from lmcache.keys import CacheKey, PrefixKey, SegmentKey
+from lmcache.keys import CacheKey
 from lmcache.observability.logging import init_logger, log_limited
+from lmcache.segmentation.passage_row import PassageRow, decode_row, encode_row
 
 logger = init_logger(__name__)
 
@@ -28,28 +24,8 @@ _BATCH = 512
 _SCHEMA = "CREATE TABLE passages_1 (key BLOB PRIMARY KEY, row BLOB NOT NULL, digest BLOB NOT NULL)"
 
 
-class CatalogRow(NamedTuple):
-    """A chunk: its tokens, the position of the first in its prompt, the chunk before it, and the offsets in it at which
-    passages begin."""
-
-    key: CacheKey
-    tokens: npt.NDArray[np.uint32]
-    start: int
-    before: CacheKey | None
-    seams: tuple[int, ...]
-
-
-class _Stored(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    is_prefix: bool
-    tokens: bytes
-    start: int
-    before: bytes
-    before_is_prefix: bool
-    seams: tuple[int, ...]
-
-
 # A row to put, a key to remove, the rowid of a damaged row, damage that was met when reading, the end.
-_Change: TypeAlias = "CatalogRow | CacheKey | int | sqlite3.DatabaseError | None"
+_Change: TypeAlias = "PassageRow | CacheKey | int | sqlite3.DatabaseError | None"
 
 
 class PassageCatalog:
@@ -71,7 +47,7 @@ class PassageCatalog:
         self._writer = threading.Thread(target=self._write, name="lmcache-catalog", daemon=True)
         self._writer.start()
 
-    def rows(self) -> Iterator[CatalogRow]:
+    def rows(self) -> Iterator[PassageRow]:
         """All rows that are sound, in the order in which they were put."""
         if self._broken:
             return
@@ -80,7 +56,7 @@ class PassageCatalog:
             with closing(self._connect()) as connection:
                 rows = connection.execute("SELECT rowid, key, row, digest FROM passages_1 ORDER BY rowid")
                 for rowid, key, row, digest in rows:
-                    sound = _read(key, row, digest)
+                    sound = decode_row(key, row, digest)
                     if sound is not None:
                         yield sound
                         continue
@@ -95,7 +71,7 @@ class PassageCatalog:
         elif failure is not None:
             self._give_up(failure)
 
-    def put(self, row: CatalogRow) -> None:
+    def put(self, row: PassageRow) -> None:
         """Keep ``row``. Never waits."""
         self._enqueue(row)
 
@@ -184,8 +160,8 @@ class PassageCatalog:
                     return False
                 if isinstance(change, sqlite3.DatabaseError):
                     raise change
-                if isinstance(change, CatalogRow):
-                    connection.execute("INSERT OR REPLACE INTO passages_1 VALUES (?, ?, ?)", _written(change))
+                if isinstance(change, PassageRow):
+                    connection.execute("INSERT OR REPLACE INTO passages_1 VALUES (?, ?, ?)", encode_row(change))
                 elif isinstance(change, int):
                     connection.execute("DELETE FROM passages_1 WHERE rowid = ?", (change,))
                 else:
@@ -207,37 +183,3 @@ class PassageCatalog:
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
     """Whether the file is to blame. Its subclasses say that the medium or the program is."""
     return type(error) is sqlite3.DatabaseError
-
-
-def _written(row: CatalogRow) -> tuple[bytes, bytes, bytes]:
-    stored = _Stored(
-        is_prefix=isinstance(row.key, PrefixKey),
-        tokens=row.tokens.astype("<u4").tobytes(),
-        start=int(row.start),
-        before=bytes(row.before or b""),
-        before_is_prefix=isinstance(row.before, PrefixKey),
-        seams=tuple(map(int, row.seams)),
-    )
-    key, data = bytes(row.key), msgspec.msgpack.encode(stored)
-    return key, data, blake3(key + data).digest()
-
-
-def _read(key: object, row: object, digest: object) -> CatalogRow | None:
-    """None for what is not as it was written."""
-    if not (isinstance(key, bytes) and isinstance(row, bytes)) or blake3(key + row).digest() != digest:
-        return None
-    try:
-        stored = msgspec.msgpack.decode(row, type=_Stored)
-        return CatalogRow(
-            _key(key, stored.is_prefix),
-            np.frombuffer(stored.tokens, "<u4"),
-            stored.start,
-            _key(stored.before, stored.before_is_prefix) if stored.before else None,
-            stored.seams,
-        )
-    except ValueError:  # msgspec's errors are
-        return None
-
-
-def _key(raw: bytes, is_prefix: bool) -> CacheKey:
-    return PrefixKey(raw) if is_prefix else SegmentKey(raw)

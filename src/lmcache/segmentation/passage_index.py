@@ -60,7 +60,7 @@ class PassageIndex(Generic[KeyT]):
         """``chunk_size``: tokens of a chunk, at least :data:`~lmcache.segmentation.anchors.WINDOW`."""
         if chunk_size < WINDOW:
             raise ValueError(f"chunk_size={chunk_size}: passages are found by windows of {WINDOW} tokens")
-        self._size = chunk_size
+        self.chunk_size = chunk_size
         self._writing = threading.Lock()
         self._lock = threading.Lock()
         self._table = AnchorTable()
@@ -104,8 +104,8 @@ class PassageIndex(Generic[KeyT]):
             namespace: what keeps it apart from others.
             seams: counted from its first token.
         """
-        if len(tokens) > self._size:
-            raise ValueError(f"a chunk has at most {self._size} tokens, got {len(tokens)}")
+        if len(tokens) > self.chunk_size:
+            raise ValueError(f"a chunk has at most {self.chunk_size} tokens, got {len(tokens)}")
         if len(tokens) < WINDOW or key in self._ids:
             return
         at, hashes = anchors(tokens, seams)
@@ -113,7 +113,7 @@ class PassageIndex(Generic[KeyT]):
         # Growing takes seconds when there are millions; only other writers wait for that.
         with self._writing:
             if self._table.full(len(at)):
-                self._table = self._table.successor(lambda places: self._alive()[places // self._size])
+                self._table = self._table.successor(lambda places: self._alive()[places // self.chunk_size])
             self._add(key, tokens, start, before, namespace, at, hashes)
 
     def _add(
@@ -141,7 +141,7 @@ class PassageIndex(Generic[KeyT]):
                 self._behind[parent].append(chunk)
                 namespace = self._namespaces[parent]  # one object for all chunks of a prompt
             self._namespaces[chunk] = namespace
-            self._table.put(hashes, chunk * self._size + at)
+            self._table.put(hashes, chunk * self.chunk_size + at)
 
     def discard(self, key: KeyT) -> None:
         """Forget a chunk; unknown ones are ignored."""
@@ -184,7 +184,7 @@ class PassageIndex(Generic[KeyT]):
             for position, place in zip(at[known].tolist(), places[known].tolist(), strict=True):
                 if position + WINDOW <= covered:
                     continue
-                chunk, offset = divmod(place, self._size)
+                chunk, offset = divmod(place, self.chunk_size)
                 if self._namespaces[chunk] != namespace:
                     continue
                 pieces = self._grown(tokens, position, chunk, offset)
@@ -257,7 +257,7 @@ class PassageIndex(Generic[KeyT]):
             return self._free.pop()
         chunk = len(self._keys)
         if chunk % _BLOCK_CHUNKS == 0:
-            self._blocks.append(np.zeros((_BLOCK_CHUNKS, self._size), np.uint32))
+            self._blocks.append(np.zeros((_BLOCK_CHUNKS, self.chunk_size), np.uint32))
         self._keys.append(None)
         self._starts.append(0)
         self._lengths.append(0)

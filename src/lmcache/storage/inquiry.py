@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
 
 class Inquiry:
-    """Done when every tier that was asked has answered or given up. Thread-safe."""
+    """Over when every tier that was asked has answered, or the time is up. Thread-safe."""
 
-    def __init__(self, asked: Sequence[Future[None]] = ()) -> None:
-        """``asked``: none of them raises."""
+    def __init__(self, asked: Sequence[Future[None]] = (), timeout: float = 0.0) -> None:
+        """``asked``: none of them raises. ``timeout`` in seconds from now."""
         self._asked = asked
+        self._until = time.monotonic() + timeout
 
     def ready(self) -> bool:
         """Never blocks."""
-        return all(answer.done() for answer in self._asked)
+        return all(answer.done() for answer in self._asked) or time.monotonic() >= self._until
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until :meth:`ready`; False when ``timeout`` seconds were not enough."""
-        return not wait(self._asked, timeout).not_done if self._asked else True
+    def wait(self) -> None:
+        """Wait until :meth:`ready`."""
+        if self._asked:
+            wait(self._asked, max(0.0, self._until - time.monotonic()))

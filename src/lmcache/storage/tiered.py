@@ -88,8 +88,9 @@ class TieredStorage:
     def contains(self, key: CacheKey) -> bool:
         return bool(self.find([key]))
 
-    def ask(self, keys: Sequence[CacheKey]) -> Inquiry:
-        """Have the tiers find out which of ``keys`` they hold, as far as that takes a question to their medium.
+    def ask(self, keys: Sequence[CacheKey], timeout: float) -> Inquiry:
+        """Have the tiers find out which of ``keys`` they hold, as far as that takes a question to their medium. Never
+        blocks.
 
         Only what follows the leading hits is asked for. :meth:`find` then knows what was answered in time.
         """
@@ -100,7 +101,7 @@ class TieredStorage:
                 answer = self._attempt("ask", partial(tier.ask, missing), None)
                 if answer is not None:
                     asked.append(answer)
-        return Inquiry(asked)
+        return Inquiry(asked, timeout)
 
     # Getting
 

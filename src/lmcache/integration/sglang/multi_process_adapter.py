@@ -117,7 +117,7 @@ class LMCacheMPConnector(AttachedCache):
         """Not raising: the other ranks wait to agree on a number."""
         assert self._cache is not None
         try:
-            lease = self._cache.engine.prefetch(token_ids, paged=True)
+            lease = self._cache.engine.prefetch(token_ids, paged=True, ask_stores=True)
             self._leases.hold(request_id, lease)
             return min(lease.num_tokens, len(token_ids))
         except Exception as error:

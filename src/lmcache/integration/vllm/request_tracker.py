@@ -10,6 +10,7 @@ from lmcache.integration.vllm.blend.scheduling import RequestBlend
 from lmcache.integration.vllm.model_identity import lora_identity, tenant_salt
 from lmcache.keys import PrefixKey
 from lmcache.lease import PrefixLease
+from lmcache.storage.inquiry import Inquiry
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -20,9 +21,9 @@ class RequestTracker:
     """``keys`` are those of the leading chunks hashed so far; ``saved_chunks`` of them were given to a save.
 
     ``local_tokens`` lie in vLLM's own prefix cache, ``external_tokens`` behind them come from ours. ``leased_for`` is
-    the token count that ``lease`` was taken for: after a preemption the request has more, and is looked up again.
-    ``reused_tokens`` and ``tiers`` count the exact prefix, ``passage_tokens`` and ``passage_tiers`` what the
-    blend behind it was promised.
+    the token count that ``lease`` was taken for: after a preemption the request has more, and is looked up again;
+    ``asked_for`` is the one for which shared stores were asked, in ``inquiry``. ``reused_tokens`` and ``tiers`` count
+    the exact prefix, ``passage_tokens`` and ``passage_tiers`` what the blend behind it was promised.
     """
 
     request: Request
@@ -32,6 +33,8 @@ class RequestTracker:
     skip_save: bool
     keys: list[PrefixKey] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
+    inquiry: Inquiry | None = None
+    asked_for: int = -1
     lease: PrefixLease | None = None
     leased_for: int = 0
     wait_until: float | None = None

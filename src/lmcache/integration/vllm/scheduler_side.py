@@ -49,7 +49,8 @@ class SchedulerSide:
         tracker = self._tracker(request)
         if tracker.skip_load or self._engine.gpu_connector is None or request.request_id in self._shared.failed_loads:
             return 0
-        self._look_up(tracker)
+        if not self._look_up(tracker):
+            return None
         lease = tracker.lease
         assert lease is not None
         if not lease.ready() or self._awaits_save(tracker):
@@ -181,17 +182,24 @@ class SchedulerSide:
                 tracker.blend = scheduling.of(request)
         return tracker
 
-    def _look_up(self, tracker: RequestTracker) -> None:
-        """Take a lease for the request as it is now, unless it has one."""
+    def _look_up(self, tracker: RequestTracker) -> bool:
+        """Take a lease for the request as it is now, unless it has one; False while shared stores are being asked."""
         num_tokens = tracker.request.num_tokens
         if tracker.lease is not None and tracker.leased_for == num_tokens:
-            return
-        tracker.drop_lease()
+            return True
         tokens = tracker.request.all_token_ids[:]
         lora, salt = tracker.lora, tracker.cache_salt
-        tracker.keys = self._engine.prefix_keys(tokens, paged=True, lora=lora, cache_salt=salt)
+        if tracker.asked_for != num_tokens:
+            tracker.drop_lease()
+            tracker.keys = self._engine.prefix_keys(tokens, paged=True, lora=lora, cache_salt=salt)
+            tracker.inquiry, tracker.asked_for = self._engine.ask(tracker.keys), num_tokens
+        if tracker.inquiry is not None and not tracker.inquiry.ready():
+            return False
+        tracker.inquiry = None
+        tracker.drop_lease()
         tracker.lease = self._engine.prefetch(tokens, paged=True, lora=lora, cache_salt=salt, keys=tracker.keys)
         tracker.leased_for = num_tokens
+        return True
 
     def _awaits_save(self, tracker: RequestTracker) -> bool:
         """Whether the first chunk that is missing is being saved right now, by a request just before this one."""

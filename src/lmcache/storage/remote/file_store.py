@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+from zlib import crc32
 
 from lmcache.storage.remote.interface import RemoteStore, RemoteStoreError, StoreOptions, Value, Wanted
 
@@ -26,7 +27,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class FileStore(RemoteStore):
-    """Values as files in a tree: ``a/bcdef`` lies in ``a/bc/``, so that no directory gets too large.
+    """Values as files in a tree; what would lie in one directory is spread over 256, so that none gets too large.
 
     A call that hangs in the file system cannot be interrupted: mount network file systems ``soft`` or with a timeout.
     """
@@ -140,7 +141,7 @@ class FileStore(RemoteStore):
 
     def _path(self, name: str) -> Path:
         *folders, last = name.split("/")
-        return self.directory.joinpath(*folders, last[:2], last)
+        return self.directory.joinpath(*folders, f"{crc32(last.encode()) % 256:02x}", last)
 
 
 class _Deadline:

@@ -15,7 +15,7 @@ class RemoteSettings:
         read_threads: reads under way at once.
         write_threads: writes under way at once.
         write_queue_bytes: host memory that chunks waiting to be written may hold; beyond it puts are dropped.
-        known_seconds: how long a chunk that was seen in the store is taken to be there.
+        known_seconds: how long after a chunk was seen in the store it is not asked for again.
         close_timeout: seconds that closing gives to chunks waiting to be written.
     """
 

@@ -28,8 +28,9 @@ logger = init_logger(__name__)
 T = TypeVar("T")
 
 _KNOWN_KEYS = 1 << 18
-_LOOKUP_THREADS = 2
-_MAX_LOOKUPS = 64
+LOOKUP_THREADS = 2
+"""And one more for errands."""
+_MAX_WAITING = 64
 
 
 class RemoteTier(StorageTier):
@@ -55,9 +56,11 @@ class RemoteTier(StorageTier):
         self._reads = Reads(settings.read_threads)
         self._lock = threading.Lock()
         self._failures: Counter[str] = Counter()
-        self._hits = self._misses = self._dropped = self._asking = 0
+        self._waiting: Counter[ThreadPoolExecutor] = Counter()
+        self._hits = self._misses = self._dropped = 0
         self._pid, self._closed = os.getpid(), False
-        self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lmcache-remote-lookup")
+        self._errands = ThreadPoolExecutor(1, thread_name_prefix="lmcache-remote-errand")
+        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="lmcache-remote-lookup")
         self._readers = ThreadPoolExecutor(settings.read_threads, thread_name_prefix="lmcache-remote-read")
         self._writers = [
             threading.Thread(target=self._write_all, name=f"lmcache-remote-write-{index}", daemon=True)
@@ -72,35 +75,46 @@ class RemoteTier(StorageTier):
         return key in self._uploads or (key in self._known and self.breaker.allows())
 
     def ask(self, keys: Sequence[CacheKey]) -> Future[None] | None:
-        unknown = [key for key in keys if key not in self._known and key not in self._uploads]
+        unknown = [key for key in keys if not self._known.is_fresh(key) and key not in self._uploads]
         if not unknown or not self.breaker.allows():
             return None
-        return self.call_later(lambda: self._find_out(unknown))
+        return self.run_lookup(lambda: self.find_out(unknown))
 
-    def call_later(self, look: Callable[[], None]) -> Future[None] | None:
-        """Run ``look``, which asks the store something small, on a thread for that. None where too many wait."""
+    def run_lookup(self, look: Callable[[], None]) -> Future[None] | None:
+        """Run ``look``, which asks the store something small that a request waits for, on a thread for that. None where
+        too many wait."""
+        return self._submit(self._lookups, look)
+
+    def run_errand(self, errand: Callable[[], None]) -> Future[None] | None:
+        """The same for what nobody waits for."""
+        return self._submit(self._errands, errand)
+
+    def _submit(self, pool: ThreadPoolExecutor, call: Callable[[], None]) -> Future[None] | None:
         with self._lock:
-            if self._closed or self._asking >= _MAX_LOOKUPS:
+            if self._closed or self._waiting[pool] >= _MAX_WAITING:
                 return None
-            self._asking += 1
+            self._waiting[pool] += 1
         try:
-            return self._lookups.submit(self._look, look)
-        except RuntimeError:  # the interpreter ends
+            return pool.submit(self._run, pool, call)
+        except RuntimeError:  # closed meanwhile
             return None
 
-    def _look(self, look: Callable[[], None]) -> None:
+    def _run(self, pool: ThreadPoolExecutor, call: Callable[[], None]) -> None:
         try:
-            look()
+            call()
         finally:
             with self._lock:
-                self._asking -= 1
+                self._waiting[pool] -= 1
 
-    def _find_out(self, keys: list[CacheKey]) -> None:
-        names = self.names
-        timeout = self._settings.lookup_timeout
+    def find_out(self, keys: Sequence[CacheKey]) -> None:
+        """Ask the store for ``keys``, and wait for what it says."""
+        names, timeout = self.names, self._settings.lookup_timeout
         nowhere: list[bool] = []
         there = self.attempt("lookup", lambda: self.store.exists([names.of(key) for key in keys], timeout), nowhere)
         self._known.add(key for key, is_there in zip(keys, there, strict=False) if is_there)
+        for key, is_there in zip(keys, there, strict=False):
+            if not is_there:
+                self._known.discard(key)
 
     # Getting
 
@@ -148,7 +162,7 @@ class RemoteTier(StorageTier):
     # Putting
 
     def submit_put(self, key: CacheKey, obj: MemoryObj) -> bool:
-        if key in self._known:
+        if self._known.is_fresh(key):
             return True
         if not self._closed and self.breaker.allows() and self._uploads.add(key, obj):
             return True
@@ -170,7 +184,7 @@ class RemoteTier(StorageTier):
                 self._uploads.end(key)
 
     def _write(self, burst: list[tuple[CacheKey, MemoryObj]]) -> None:
-        timeout, generation = self._timeout, self.names.generation
+        timeout, generation = self.timeout, self.names.generation
         names = [self.names.of(key) for key, _ in burst]
         unclaimed: list[bool] = []
         claimed = self.attempt("claim", lambda: self.store.claim(names, 2 * timeout, timeout), unclaimed)
@@ -191,7 +205,7 @@ class RemoteTier(StorageTier):
         self._known.add(key for (key, _), mine in zip(burst, claimed, strict=True) if mine)
 
     def _put(self, values: list[Value]) -> bool:
-        self.store.put(values, self._timeout)
+        self.store.put(values, self.timeout)
         return True
 
     # Keeping
@@ -220,7 +234,7 @@ class RemoteTier(StorageTier):
         self.names.forget()
         gone = self._uploads.cancel_all() + self._known.clear()
         # Tells the others soon, not at the next look-up.
-        self.call_later(lambda: self.attempt("clear", lambda: None, None))
+        self.run_errand(lambda: self.attempt("clear", lambda: None, None))
         return gone
 
     def flush(self, timeout: float | None = None) -> bool:
@@ -251,13 +265,15 @@ class RemoteTier(StorageTier):
         for writer in self._writers:
             writer.join()
         self._lookups.shutdown(cancel_futures=True)
+        self._errands.shutdown()
         self._readers.shutdown()
         self.store.close()
 
     # Failing
 
     @property
-    def _timeout(self) -> float:
+    def timeout(self) -> float:
+        """Seconds that a read or a write may take."""
         return self._settings.timeout
 
     def attempt(self, what: str, call: Callable[[], T], fallback: T) -> T:

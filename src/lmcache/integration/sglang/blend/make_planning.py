@@ -54,6 +54,6 @@ def make_planning(
         report_failure(engine.metrics, "blend_start", error)
         return None
     tokenizer = None if config.blend_segmentation == "automatic" else access.tokenizer
-    finder = PassageFinder(engine, known, config, tokenizer)
+    finder = PassageFinder(engine, known, config, tokenizer, manager.shared_passages)
     logger.info("CacheBlend is on: policy %s", config.blend_policy)
     return BlendPlanning(engine, known, finder, blender, access, page_size, groups)

@@ -176,6 +176,7 @@ class BlendPlanning:
             resident = resident[:0]
         exact = max(exact_tokens, len(resident))
         namespace = self._engine.namespace(paged=True, cache_salt=lookup.cache_salt).id
+        self._finder.ask(tokens, exact, ranges, namespace).wait()
         found = self._finder.find(tokens, exact, ranges, namespace)
         return Wanted(req, tokens, options, exact, found, resident, unlock, seen.seams)
 

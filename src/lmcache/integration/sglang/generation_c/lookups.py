@@ -48,7 +48,7 @@ class Lookups:
             exact=exact,
         )
         try:
-            lookup.lease = self._engine.prefetch(lookup.token_ids, cache_salt=salt, paged=True)
+            lookup.lease = self._engine.prefetch(lookup.token_ids, cache_salt=salt, paged=True, ask_stores=True)
         except Exception as error:
             self._failed(error)
         return lookup

@@ -24,7 +24,8 @@ def make_scheduling(shared: SharedEngine, vllm_config: VllmConfig) -> BlendSched
     config, known = shared.config, shared.manager.passages
     if known is None:
         return None
-    finder = PassageFinder(shared.engine, known, config, _tokenizer(config, vllm_config))
+    tokenizer, others = _tokenizer(config, vllm_config), shared.manager.shared_passages
+    finder = PassageFinder(shared.engine, known, config, tokenizer, others)
     block_size = vllm_config.cache_config.block_size
     max_rows = vllm_config.scheduler_config.max_num_batched_tokens
     return BlendScheduling(finder, BlendDefaults(config), config, shared.metrics, block_size, max_rows)

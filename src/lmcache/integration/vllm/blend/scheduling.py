@@ -18,6 +18,7 @@ from lmcache.integration.blend.options import BlendDefaults, BlendOptions
 from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.observability.metrics import Metrics
+from lmcache.storage.inquiry import Inquiry
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -64,6 +65,9 @@ class RequestBlend:
     options: BlendOptions | None
     ranges: list[Range] | None = None
     hashes: SaltedBlockHashes = field(default_factory=SaltedBlockHashes)
+    inquiry: Inquiry | None = None
+    """What other servers were asked before the cache was searched."""
+    asked_for: tuple[int, int] = (-1, -1)
     found: FoundPassages | None = None
     found_for: tuple[int, int] = (-1, -1)
     prepared: PreparedBlend | None = None
@@ -137,6 +141,12 @@ class BlendScheduling:
         if blend.options is None:
             return True
         wanted = (request.num_tokens, exact_tokens)
+        if blend.asked_for != wanted:
+            blend.release()
+            blend.inquiry = self._finder.ask(request.all_token_ids[:], exact_tokens, blend.ranges, namespace)
+            blend.asked_for = wanted
+        if blend.inquiry is not None and not blend.inquiry.ready():
+            return False
         if blend.found_for != wanted:
             blend.release()
             start = time.perf_counter()
