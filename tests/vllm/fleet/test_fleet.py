@@ -1,0 +1,74 @@
+"""What one vLLM stored, another that has seen nothing reuses, as a prefix and as a passage."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from xxhash import xxh3_128_digest
+
+from lmcache.storage.chunk_header import HEADER_BYTES, ChunkHeader
+from tests.vllm.harness import run
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+MODULE = "tests.vllm.fleet.scenarios"
+
+
+def falsify(directory: Path) -> int:
+    """Turn the sign of every key and value in a ``file://`` store, checksums kept right; the number of chunks."""
+    count = 0
+    for path in directory.rglob("p*"):
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+        header = ChunkHeader.decode(content[:HEADER_BYTES])
+        payload = np.frombuffer(content[HEADER_BYTES:], np.uint8).copy()
+        size = header.spec.dtype.itemsize
+        payload[size - 1 :: size] ^= 0x80  # little-endian: the sign is last
+        path.write_bytes(dataclasses.replace(header, checksum=xxh3_128_digest(payload)).encode() + payload.tobytes())
+        count += 1
+    return count
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("store")
+    url = f"file://{directory}/kv"
+    first = run("learn", module=MODULE, url=url)
+    second = run("ask", module=MODULE, url=url)
+    assert falsify(directory / "kv") > 0
+    return {"first": first, "second": second, "falsified": run("ask", module=MODULE, url=url)}
+
+
+def test_a_prefix_that_another_server_computed_is_reused_and_the_text_is_the_same(answers: dict[str, Any]) -> None:
+    same, expected = answers["second"]["same"], answers["second"]["expected"][0]
+    assert same["tokens"] == expected["tokens"] == answers["first"]["answer"]["tokens"]
+    reuse = same["reuse"]
+    assert reuse["tokens_by_tier"] == {"remote": reuse["reused_tokens"]}
+    assert reuse["reused_tokens"] == reuse["prompt_tokens"] // 64 * 64
+
+
+def test_passages_that_another_server_has_seen_are_blended(answers: dict[str, Any]) -> None:
+    blended, expected = answers["second"]["blended"], answers["second"]["expected"][1]
+    assert blended["tokens"] == expected["tokens"], "every token was computed, so the text is that of a full prefill"
+    for answer in (blended, answers["second"]["few"]):
+        reuse = answer["reuse"]
+        assert reuse["blend"]["fallback"] is None
+        assert reuse["tokens_by_tier"].keys() <= {"remote", "memory"}
+        assert reuse["reused_tokens"] > 0.7 * reuse["prompt_tokens"]
+    assert answers["second"]["blended"]["reuse"]["tokens_by_tier"].get("remote", 0) > 0
+
+
+def test_false_kv_in_the_store_changes_the_text(answers: dict[str, Any]) -> None:
+    false = answers["falsified"]
+    assert false["same"]["reuse"]["tokens_by_tier"].get("remote", 0) > 0
+    assert false["same"]["tokens"] != false["expected"][0]["tokens"]
+    assert false["few"]["tokens"] != false["expected"][1]["tokens"]
+
+
+def test_nothing_leaks(answers: dict[str, Any]) -> None:
+    assert answers["second"]["leaks"] == []
