@@ -21,8 +21,9 @@ GROUP = "lmcache.remote_stores"
 # Imported when they are asked for: each needs a client library of its own.
 _OURS = {
     "file": "lmcache.storage.remote.file_store:FileStore",
+    **dict.fromkeys(("redis", "rediss", "unix", "redis-cluster"), "lmcache.storage.remote.redis_store:RedisStore"),
 }
-_EXTRAS: dict[str, str] = {}
+_EXTRAS = dict.fromkeys(("redis", "rediss", "unix", "redis-cluster"), "redis")
 """What to install where the import of one of ours fails, by scheme."""
 
 

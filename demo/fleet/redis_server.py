@@ -1,0 +1,93 @@
+"""A real Redis as a child process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from typing_extensions import Self
+
+
+class RedisMissingError(RuntimeError):
+    """There is no redis-server on this machine."""
+
+
+class RedisServer:
+    """``with RedisServer(folder) as server:`` runs it, on a free port that stays its own also when it is killed and
+    started again. Keeps nothing on disk.
+
+    ``arguments`` go to its command line; ``program`` may be another that speaks the same, ``valkey-server`` say.
+    """
+
+    def __init__(self, folder: Path, arguments: Sequence[str] = (), program: str = "redis-server") -> None:
+        found = shutil.which(program)
+        if found is None:
+            raise RedisMissingError(f"{program} is needed; on Debian: apt-get install redis-server")
+        self.port = _free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.socket = folder / "redis.sock"
+        self._log = folder / "redis.log"
+        self._command = [
+            *(found, "--bind", "127.0.0.1", "--port", str(self.port), "--unixsocket", str(self.socket)),
+            *("--dir", str(folder), "--save", "", "--appendonly", "no", "--logfile", str(self._log), *arguments),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns once it takes connections."""
+        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        for _ in range(500):
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(str(self.socket)) == 0:
+                    return
+            if self._process.poll() is not None:
+                break
+            time.sleep(0.02)
+        log = self._log.read_text() if self._log.exists() else ""
+        raise RuntimeError(f"redis-server did not start: {' '.join(self._command)}\n{log[-2000:]}")
+
+    def kill(self) -> None:
+        """As the out-of-memory killer does. All that it held is gone. Idempotent."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """It takes connections, and answers nothing."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, number)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+
+def _free_port() -> int:
+    # A cluster's nodes also use the port 10,000 above.
+    while True:
+        port = random.randrange(20_000, 45_000)
+        with contextlib.suppress(OSError), socket.socket() as probe, socket.socket() as bus:
+            probe.bind(("127.0.0.1", port))
+            bus.bind(("127.0.0.1", port + 10_000))
+            return port
