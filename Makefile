@@ -24,7 +24,7 @@ MODEL := .cache/models/smollm2-bfloat16
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help has-python setup setup-sglang test test-fast test-kernels test-vllm test-sglang demo demo-sglang bench check format clean
+.PHONY: help has-python setup setup-sglang test test-fast test-kernels test-vllm test-sglang demo demo-sglang demo-fleet bench check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ demo: setup ## a real vLLM server: a conversation cold, from memory, from disk; 
 demo-sglang: setup-sglang ## the same conversation with a real SGLang server
 	$(SGLANG_BIN)/python -m demo.sglang --model $(MODEL)
 
+demo-fleet: setup ## two real vLLM servers and a real Redis: what one has read the other reuses, also after Redis was killed
+	$(BIN)/python -m demo.fleet --model $(MODEL)
+
 bench: setup ## measure, and write the figures and plots of docs/benchmarks.md
 	$(BIN)/python benchmarks/write_docs.py
 
@@ -76,7 +79,7 @@ format: setup ## put every file into the agreed form
 	$(BIN)/ruff format
 
 clean: ## remove all that was built
-	rm -rf .cache/venv-vllm-* .cache/venv-sglang-* $(SGLANG_SOURCES) .cache/models .cache/demo .cache/demo-sglang build dist
+	rm -rf .cache/venv-vllm-* .cache/venv-sglang-* $(SGLANG_SOURCES) .cache/models .cache/demo .cache/demo-sglang .cache/demo-fleet build dist
 
 # No prerequisites: the folder's name already tells which versions it holds.
 $(VENV)/.complete: | has-python

@@ -69,6 +69,29 @@ class RedisServer:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
+    def num_keys(self) -> int:
+        return int(self._ask(b"DBSIZE")[1:])
+
+    def wait_until_quiet(self, seconds: float = 0.5, timeout: float = 30.0) -> None:
+        """Until nothing was written for so long, or the time is up."""
+        deadline = time.monotonic() + timeout
+        before, since = -1, time.monotonic()
+        while time.monotonic() < deadline:
+            now = self.num_keys()
+            if now != before:
+                before, since = now, time.monotonic()
+            elif time.monotonic() - since >= seconds:
+                return
+            time.sleep(0.05)
+
+    def _ask(self, command: bytes) -> bytes:
+        """The reply to a command whose reply is one line."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(10)
+            connection.connect(str(self.socket))
+            connection.sendall(command + b"\r\n")
+            return connection.makefile("rb").readline().strip()
+
     def _signal(self, number: int) -> None:
         assert self._process is not None
         os.kill(self._process.pid, number)
