@@ -99,7 +99,7 @@ class RemoteStore(ABC):
 
     @abstractmethod
     def get(self, wanted: Sequence[Wanted], timeout: float) -> None:
-        """Hand each value that is there to its receiver, in any order, from this thread.
+        """Hand each value that is there to its receiver, in any order, never two at once.
 
         Once this has returned or raised, nothing writes into memory that a receiver gave.
         """
