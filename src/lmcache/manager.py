@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from lmcache.cache_engine import EngineStats, LMCacheEngine
 from lmcache.config import LMCacheEngineConfig
@@ -15,14 +16,19 @@ from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.segmentation.known_passages import KnownPassages
 from lmcache.segmentation.passage_catalog import PassageCatalog
 from lmcache.segmentation.shared_passages import SharedPassages
+from lmcache.storage.codecs import make_codec
 from lmcache.storage.cpu import LocalCPUTier
 from lmcache.storage.disk import DiskSettings, DiskTierError, LocalDiskTier
 from lmcache.storage.policies import make_policy
+from lmcache.storage.remote.chunk_value import ChunkFormat
 from lmcache.storage.remote.interface import StoreOptions
 from lmcache.storage.remote.settings import RemoteSettings
 from lmcache.storage.remote.stores import open_store
 from lmcache.storage.remote.tier import LOOKUP_THREADS, RemoteTier
 from lmcache.storage.tiered import TieredStorage
+
+if TYPE_CHECKING:
+    from lmcache.storage.encryption import KeyRing
 
 logger = init_logger(__name__)
 
@@ -106,7 +112,7 @@ class LMCacheManager:
             write_threads=config.remote_write_threads,
             write_queue_bytes=int(config.remote_write_queue_size * GIB),
         )
-        return RemoteTier(store, settings, memory.allocate)
+        return RemoteTier(store, settings, memory.allocate, ChunkFormat(make_codec(config.remote_codec), _keys(config)))
 
     def stats(self) -> EngineStats:
         return self.engine.stats()
@@ -124,3 +130,20 @@ class LMCacheManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _keys(config: LMCacheEngineConfig) -> KeyRing | None:
+    """Raises:
+    ValueError: the keys cannot be used, or what encrypts is not installed.
+    """
+    file, secret = config.remote_encryption_key_file, config.remote_encryption_keys
+    if file is None and secret is None:
+        return None
+    try:
+        from lmcache.storage.encryption import KeyRing
+    except ImportError as error:
+        raise ValueError(f"encryption: {error}; pip install 'lmcache-blend[encryption]'") from error
+    if file is not None:
+        return KeyRing.from_file(file)
+    assert secret is not None
+    return KeyRing.parse(secret.get_secret_value(), "remote_encryption_keys")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,7 @@ def config(
         refuse(error)
     options = {
         key: {
-            "value": value,
+            "value": _without_password(value) if key == "remote_url" else value,
             "source": effective.source_of(key),
             "description": LMCacheEngineConfig.model_fields[key].description,
         }
@@ -46,6 +47,10 @@ def config(
         typer.echo(json.dumps(options, indent=2, ensure_ascii=False))
     else:
         _print_table(options)
+
+
+def _without_password(url: str | None) -> str | None:
+    return url and re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
 def _print_table(options: dict[str, dict[str, Any]]) -> None:

@@ -21,12 +21,14 @@ from lmcache.config.value_types import (
     BlendSegmentation,
     Bool,
     ChunkLayout,
+    CodecName,
     Float,
     Int,
     JsonObject,
     Layers,
     OptionalDirectory,
     OptionalFloat,
+    OptionalSecret,
     OptionalThresholds,
     OptionalUrl,
     PolicyName,
@@ -87,6 +89,15 @@ class LMCacheEngineConfig(BaseModel):
     remote_ttl_seconds: OptionalFloat = Field(
         None, gt=0, description="After this long the shared store may drop a chunk; unset: the store's own eviction."
     )
+    remote_codec: CodecName = Field(
+        "raw", description="How chunks are packed there: raw, zstd (exact), fp8 or delta (smaller, not exact)."
+    )
+    remote_encryption_key_file: OptionalDirectory = Field(
+        None, description="File with the keys that what is stored there is encrypted with, a line id:base64 each."
+    )
+    remote_encryption_keys: OptionalSecret = Field(
+        None, description="The keys themselves, id:base64, separated by commas; never shown."
+    )
     use_layerwise: Bool = Field(False, description="Load layer by layer while the forward runs.")
     save_decode_cache: Bool = Field(False, description="Also keep the KV of generated tokens.")
     save_unfull_chunk: Bool = Field(False, description="Also keep the last chunk of a prompt when it is not full.")
@@ -129,6 +140,8 @@ class LMCacheEngineConfig(BaseModel):
     def _contradictions(self) -> Iterator[Contradiction]:
         if not self.local_cpu and self.local_disk is None and self.remote_url is None:
             yield Contradiction(("local_cpu", "local_disk"), "nowhere to keep anything; switch one of them on")
+        if self.remote_encryption_keys is not None and self.remote_encryption_key_file is not None:
+            yield Contradiction(("remote_encryption_keys", "remote_encryption_key_file"), "only one of them may be set")
         if self.local_disk is not None and self.max_local_disk_size == 0:
             yield Contradiction(("local_disk", "max_local_disk_size"), "a disk tier needs a size above 0")
         layers, ratios, thresholds = self.blend_check_layers, self.blend_recompute_ratios, self.blend_thresholds

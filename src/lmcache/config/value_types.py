@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import unquote
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SecretStr
 
 _UNSET = ("", "none", "null")
 
@@ -82,6 +82,10 @@ def _number_or_unset(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() in _UNSET else _number(value)
 
 
+def _none_if_unset(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() in _UNSET else value
+
+
 def _lower(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
 
@@ -107,6 +111,8 @@ JsonObject: TypeAlias = Annotated[Mapping[str, Any], BeforeValidator(_mapping)]
 OptionalDirectory: TypeAlias = Annotated[Path | None, BeforeValidator(_directory)]
 OptionalUrl: TypeAlias = Annotated[str | None, BeforeValidator(_url)]
 OptionalFloat: TypeAlias = Annotated[float | None, BeforeValidator(_number_or_unset)]
+OptionalSecret: TypeAlias = Annotated[SecretStr | None, BeforeValidator(_none_if_unset)]
+CodecName: TypeAlias = Annotated[Literal["raw", "zstd", "fp8", "delta"], BeforeValidator(_lower)]
 PolicyName: TypeAlias = Annotated[Literal["LRU", "LFU", "FIFO", "S3FIFO"], BeforeValidator(_upper)]
 ChunkLayout: TypeAlias = Annotated[Literal["automatic", "token_major"], BeforeValidator(_lower)]
 BlendSegmentation: TypeAlias = Annotated[Literal["automatic", "separator", "explicit"], BeforeValidator(_lower)]

@@ -27,6 +27,9 @@ class ContradictionError(ValueError):
         self.contradictions = contradictions
 
 
+_SECRET = "remote_encryption_keys"
+
+
 def explain(error: ValidationError, values: Mapping[str, Value], schema: Mapping[str, Any]) -> str:
     """Every problem of ``error``, one a line.
 
@@ -79,7 +82,8 @@ def allowed(schema: Mapping[str, Any]) -> str:
 
 
 def _told(key: str, value: Value) -> str:
-    return f"{key}={value.raw!r} ({value.source})"
+    shown = "(not shown)" if key == _SECRET else repr(value.raw)
+    return f"{key}={shown} ({value.source})"
 
 
 def _default(key: str, schema: Mapping[str, Any]) -> Value:

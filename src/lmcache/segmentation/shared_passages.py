@@ -78,11 +78,12 @@ class SharedPassages:
             namespace = record[0].key.namespace_id
             value = msgspec.msgpack.encode([encode_row(row) for row in record])
             digest = blake3(value).digest()
-            values.append((self._name(_RECORD, namespace, digest), value))
+            name = self._name(_RECORD, namespace, digest)
+            values.append((name, self._tier.format.seal(value, name)))
             tokens = np.concatenate([row.tokens for row in record])
             starts = np.cumsum([0, *(len(row.tokens) for row in record)])
             seams = [int(start) + seam for row, start in zip(record, starts, strict=False) for seam in row.seams]
-            values.extend((self._anchor(namespace, name), digest) for name in _anchor_names(tokens, seams))
+            values.extend((self._anchor(namespace, anchor), digest) for anchor in _anchor_names(tokens, seams))
         write_small(self._tier.store, values, self._tier.timeout)
         self._published.add(row.key for row in rows)
 
@@ -92,13 +93,12 @@ class SharedPassages:
         digests = list(dict.fromkeys(digest for digest in found if digest is not None))
         if not digests:
             return
-        records = read_small(
-            store, [self._name(_RECORD, namespace, each) for each in digests], _MAX_RECORD_BYTES, timeout
-        )
+        names_of_records = [self._name(_RECORD, namespace, each) for each in digests]
+        records = read_small(store, names_of_records, _MAX_RECORD_BYTES, timeout)
         rows = [
             row
-            for digest, record in zip(digests, records, strict=True)
-            if record is not None
+            for digest, name, sealed in zip(digests, names_of_records, records, strict=True)
+            if sealed is not None and (record := self._tier.format.unseal(sealed, name)) is not None
             for row in _rows(record, digest)
             if row.key.namespace_id == namespace
         ]

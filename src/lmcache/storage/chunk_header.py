@@ -3,13 +3,17 @@
 Little-endian: magic, format version, kind of key, length of the spec, payload bytes, key, checksum of the payload
 (xxh3_128), spec as JSON, zeros, and in the last 16 bytes the checksum of everything before them. Checksums find torn,
 truncated and flipped bytes; they do not defend against someone who writes chunks on purpose.
+
+Version 1 has the chunk's bytes as payload. Version 2 has them packed by a codec, encrypted, or both: the JSON says how.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 from xxhash import xxh3_128_digest
 
 from lmcache.keys import KEY_BYTES, CacheKey
@@ -17,7 +21,7 @@ from lmcache.memory.memory_obj import KVSpec
 from lmcache.storage.spec_codec import decode_key, decode_spec, encode_spec, key_kind
 
 HEADER_BYTES = 4096
-FORMAT_VERSION = 1
+PLAIN_VERSION, PACKED_VERSION = 1, 2
 _MAGIC = b"LMCCHUNK"
 _CHECKSUM_BYTES = 16
 _FIELDS = struct.Struct(f"<8sHHIQ{KEY_BYTES}s{_CHECKSUM_BYTES}s")
@@ -33,13 +37,41 @@ class ChunkFormatError(Exception):
         self.reason = reason
 
 
+class Packing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a payload differs from the chunk's bytes. ``key_id`` names the key that it is encrypted with, if it is."""
+
+    codec: Annotated[str, msgspec.Meta(max_length=32)]
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+    key_id: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    nonce: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+
+
+class _PackedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    spec: msgspec.Raw
+    packing: Packing
+
+
+_packed_decoder = msgspec.json.Decoder(_PackedRecord)
+
+
 @dataclass(frozen=True)
 class ChunkHeader:
-    """What stands in front of a payload. ``checksum`` is xxh3_128 of the payload without its padding."""
+    """What stands in front of a payload. ``checksum`` is xxh3_128 of the payload without its padding; ``packing`` is
+    None where the payload is the chunk's bytes."""
 
     key: CacheKey
     spec: KVSpec
     checksum: bytes
+    packing: Packing | None = None
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.spec.nbytes if self.packing is None else self.packing.nbytes
+
+    @property
+    def sealed_fields(self) -> bytes:
+        """What an encrypted payload vouches for besides itself."""
+        return bytes([key_kind(self.key)]) + bytes(self.key) + self._record()
 
     def encode(self) -> bytes:
         """4096 bytes.
@@ -47,14 +79,21 @@ class ChunkHeader:
         Raises:
             ValueError: the spec is longer than the header has room for.
         """
-        spec = encode_spec(self.spec)
-        if len(spec) > MAX_SPEC_BYTES:
-            raise ValueError(f"spec takes {len(spec)} bytes, a chunk header has room for {MAX_SPEC_BYTES}")
+        record = self._record()
+        if len(record) > MAX_SPEC_BYTES:
+            raise ValueError(f"spec takes {len(record)} bytes, a chunk header has room for {MAX_SPEC_BYTES}")
+        version = PLAIN_VERSION if self.packing is None else PACKED_VERSION
         fields = _FIELDS.pack(
-            _MAGIC, FORMAT_VERSION, key_kind(self.key), len(spec), self.spec.nbytes, self.key, self.checksum
+            _MAGIC, version, key_kind(self.key), len(record), self.payload_bytes, self.key, self.checksum
         )
-        block = (fields + spec).ljust(_SEAL, b"\0")
+        block = (fields + record).ljust(_SEAL, b"\0")
         return block + xxh3_128_digest(block)
+
+    def _record(self) -> bytes:
+        spec = encode_spec(self.spec)
+        if self.packing is None:
+            return spec
+        return msgspec.json.encode(_PackedRecord(msgspec.Raw(spec), self.packing))
 
     @classmethod
     def decode(cls, block: bytes) -> ChunkHeader:
@@ -63,21 +102,26 @@ class ChunkHeader:
         """
         if len(block) != HEADER_BYTES:
             raise ChunkFormatError("size", f"header of {len(block)} bytes")
-        magic, version, kind, spec_len, nbytes, key, checksum = _FIELDS.unpack_from(block)
+        magic, version, kind, record_len, nbytes, key, checksum = _FIELDS.unpack_from(block)
         if magic != _MAGIC:
             raise ChunkFormatError("magic", "not a chunk")
-        if version != FORMAT_VERSION:
-            raise ChunkFormatError("version", f"format version {version}, this program reads {FORMAT_VERSION}")
+        if version not in (PLAIN_VERSION, PACKED_VERSION):
+            raise ChunkFormatError("version", f"format version {version}, this program reads up to {PACKED_VERSION}")
         if xxh3_128_digest(block[:_SEAL]) != block[_SEAL:]:
             raise ChunkFormatError("header", "checksum of the header is wrong")
-        if spec_len > MAX_SPEC_BYTES:
-            raise ChunkFormatError("spec", f"spec of {spec_len} bytes")
+        if record_len > MAX_SPEC_BYTES:
+            raise ChunkFormatError("spec", f"spec of {record_len} bytes")
+        record = block[_FIELDS.size :][:record_len]
         try:
-            header = cls(decode_key(kind, key), decode_spec(block[_FIELDS.size :][:spec_len]), checksum)
+            packing = None
+            if version == PACKED_VERSION:
+                packed = _packed_decoder.decode(record)
+                record, packing = bytes(packed.spec), packed.packing
+            header = cls(decode_key(kind, key), decode_spec(record), checksum, packing)
         except ValueError as error:
             raise ChunkFormatError("spec", str(error)) from None
-        if header.spec.nbytes != nbytes:
-            raise ChunkFormatError("spec", f"{nbytes} bytes of payload, but its spec means {header.spec.nbytes}")
+        if header.payload_bytes != nbytes:
+            raise ChunkFormatError("spec", f"{nbytes} bytes of payload, but its spec means {header.payload_bytes}")
         return header
 
     def check(self, key: CacheKey, spec: KVSpec, payload: memoryview) -> None:

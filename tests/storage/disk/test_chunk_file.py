@@ -108,7 +108,7 @@ def test_another_format_version_is_named(heap: Heap) -> None:
     block = bytearray(HEADER)
     struct.pack_into("<H", block, 8, 7)
     reseal(block)
-    with pytest.raises(ChunkFormatError, match="version 7, this program reads 1"):
+    with pytest.raises(ChunkFormatError, match="version 7, this program reads up to 2"):
         ChunkHeader.decode(bytes(block))
 
 

@@ -66,7 +66,10 @@ def read_chunk(path: Path, key: CacheKey, spec: KVSpec, allocate: Allocate, *, d
         try:
             block = aligned_buffer()
             read_all(fd, [block, _view(_padded(obj))])
-            ChunkHeader.decode(bytes(block)).check(key, spec, _view(obj.bytes))
+            header = ChunkHeader.decode(bytes(block))
+            header.check(key, spec, _view(obj.bytes))
+            if header.packing is not None:
+                raise ChunkFormatError("packing", f"packed by {header.packing.codec!r}, which files are not")
         except EOFError as error:
             obj.ref_down()
             raise ChunkFormatError("size", str(error)) from None

@@ -23,7 +23,9 @@ class RemoteNames:
     to the store's eviction. Thread-safe.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, tag: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+        """``tag``: chunks with another one are others."""
+        self._tag = tag
         self._clock = clock
         self._lock = threading.Lock()
         self.generation = "0"
@@ -32,7 +34,7 @@ class RemoteNames:
 
     def of(self, key: CacheKey) -> str:
         kind = "p" if isinstance(key, PrefixKey) else "s"
-        return f"{_ROOT}/{self.generation}/{key.namespace_id.hex()}/{kind}{key.digest.hex()}"
+        return f"{_ROOT}/{self.generation}/{key.namespace_id.hex()}/{kind}{key.digest.hex()}{self._tag}"
 
     def of_passage(self, kind: str, namespace: bytes, digest: bytes) -> str:
         """Of what tells where passages are, see :mod:`lmcache.segmentation`."""

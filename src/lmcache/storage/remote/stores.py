@@ -58,7 +58,7 @@ def _load(scheme: str, point: EntryPoint) -> type[RemoteStore]:
         store = point.load()
     except (ImportError, AttributeError) as error:
         extra = _EXTRAS.get(scheme)
-        cure = f"; pip install 'lmcache[{extra}]'" if extra else ""
+        cure = f"; pip install 'lmcache-blend[{extra}]'" if extra else ""
         raise ValueError(f"{scheme}:// needs {point.value}, which cannot be imported: {error}{cure}") from error
     if not (inspect.isclass(store) and issubclass(store, RemoteStore)):
         raise ValueError(f"{scheme}:// is installed as {point.value}, which is not a subclass of RemoteStore")

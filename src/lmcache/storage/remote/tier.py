@@ -15,7 +15,7 @@ from lmcache.memory.memory_obj import MemoryObj
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.storage.breaker import CircuitBreaker
 from lmcache.storage.interface import Allocate, StorageTier, TierStats
-from lmcache.storage.remote.chunk_value import ChunkReceiver, encode_chunk
+from lmcache.storage.remote.chunk_value import ChunkFormat, ChunkReceiver
 from lmcache.storage.remote.interface import RemoteStore, RemoteStoreError, Value, Wanted
 from lmcache.storage.remote.known_keys import KnownKeys
 from lmcache.storage.remote.names import RemoteNames
@@ -44,10 +44,13 @@ class RemoteTier(StorageTier):
     name: ClassVar[str] = "remote"
     must_ask: ClassVar[bool] = True
 
-    def __init__(self, store: RemoteStore, settings: RemoteSettings, allocate: Allocate) -> None:
+    def __init__(
+        self, store: RemoteStore, settings: RemoteSettings, allocate: Allocate, chunk_format: ChunkFormat | None = None
+    ) -> None:
         """Takes over ``store``. ``allocate`` gives the host memory that chunks are read into."""
         self.store = store
-        self.names = RemoteNames()
+        self.format = chunk_format or ChunkFormat()
+        self.names = RemoteNames(self.format.tag)
         self.breaker = CircuitBreaker()
         self._settings = settings
         self._allocate = allocate
@@ -138,7 +141,7 @@ class RemoteTier(StorageTier):
         reads = self._reads.take()
         if not reads:
             return
-        receivers = [ChunkReceiver(read.key, self._allocate) for read in reads]
+        receivers = [self.format.receiver(read.key, self._allocate) for read in reads]
         wanted = [Wanted(self.names.of(read.key), each) for read, each in zip(reads, receivers, strict=True)]
         try:
             self.attempt("read", lambda: self.store.get(wanted, self._settings.timeout), None)
@@ -192,7 +195,7 @@ class RemoteTier(StorageTier):
             self._count(dropped=len(burst))
             return
         values = [
-            Value(name, encode_chunk(key, obj))
+            Value(name, self.format.encode(key, obj))
             for name, (key, obj), mine in zip(names, burst, claimed, strict=True)
             if mine
         ]
