@@ -97,6 +97,7 @@ class LMCacheManager:
         config = self.config
         if config.remote_url is None:
             return None
+        chunk_format = ChunkFormat(make_codec(config.remote_codec), _keys(config))
         store = open_store(
             config.remote_url,
             StoreOptions(
@@ -112,7 +113,7 @@ class LMCacheManager:
             write_threads=config.remote_write_threads,
             write_queue_bytes=int(config.remote_write_queue_size * GIB),
         )
-        return RemoteTier(store, settings, memory.allocate, ChunkFormat(make_codec(config.remote_codec), _keys(config)))
+        return RemoteTier(store, settings, memory.allocate, chunk_format)
 
     def stats(self) -> EngineStats:
         return self.engine.stats()
