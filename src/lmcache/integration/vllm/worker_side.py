@@ -26,9 +26,10 @@ from lmcache.integration.vllm.connector_metadata import (
 )
 from lmcache.integration.vllm.deferred_release import Releasable
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
+from lmcache.integration.vllm.parallel.agreement import TensorParallelAgreement
 from lmcache.integration.vllm.prometheus import LMCacheStats
 from lmcache.integration.vllm.shared_engine import SharedEngine
-from lmcache.keys import token_array
+from lmcache.keys import PrefixKey, token_array
 from lmcache.observability.events import CacheStoreEvent
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
@@ -48,8 +49,12 @@ logger = init_logger(__name__)
 class WorkerSide:
     """Runs one step's :class:`LMCacheConnectorMetadata`: loads before the forward, saves after it."""
 
-    def __init__(self, shared: SharedEngine, vllm_config: VllmConfig) -> None:
+    def __init__(
+        self, shared: SharedEngine, vllm_config: VllmConfig, agreement: TensorParallelAgreement | None = None
+    ) -> None:
+        """``agreement``: with the other ranks, where there are any."""
         self._shared = shared
+        self._agreement = agreement
         self._engine = shared.engine
         self._vllm_config = vllm_config
         self._block_size: int = vllm_config.cache_config.block_size
@@ -125,6 +130,8 @@ class WorkerSide:
         if meta.preempted:
             # Their blocks may belong to someone else in this very step.
             self._shared.saves.wait(meta.preempted)
+        for req_id in meta.delayed_frees:
+            self._shared.saves.free_when_done(req_id)
 
     @never_raise(lambda: None)
     def start_load_kv(self, meta: LMCacheConnectorMetadata) -> None:
@@ -148,7 +155,11 @@ class WorkerSide:
         """Queue this step's saves. They read the pages while the next step runs."""
         self._layerwise.finish()
         meta, self._meta = self._meta, None
-        if meta is None or not (meta.saves or meta.segment_saves):
+        if meta is None:
+            return
+        if self._agreement is not None and meta.loads:
+            self._fail_together(self._agreement, meta.loads)
+        if not (meta.saves or meta.segment_saves):
             return
         written = self._queued_work()
         with self._lock:
@@ -186,9 +197,16 @@ class WorkerSide:
         stats, self._counted = LMCacheStats.since(self._counted, self.metrics)
         return None if stats.is_empty() else stats
 
+    def _fail_together(self, agreement: TensorParallelAgreement, loads: list[LoadOp]) -> None:
+        """What another rank could not load is lost here too: this forward has added up what all of them computed."""
+        failed = self._shared.failed_loads
+        for load, lost in zip(loads, agreement.any_rank([load.req_id in failed for load in loads]), strict=True):
+            if lost and load.req_id not in failed:
+                self._give_up(load)
+
     def _load(self, op: LoadOp, *, layerwise: bool = False, asynchronous: bool = False) -> None:
         """Fill the pages of ``op``: queue it on the device, or, ``asynchronous``, see it done."""
-        lease = self._shared.handed_over.pop(op.req_id, None)
+        lease = self._shared.handed_over.pop(op.lease, None)
         try:
             if lease is None:
                 raise RuntimeError(f"nothing was handed over for request {op.req_id}")
@@ -263,24 +281,35 @@ class WorkerSide:
             report_failure(self.metrics, "blend_report", error)
 
     def _load_failed(self, op: LoadOp, error: Exception) -> None:
+        self._give_up(op)
+        report_failure(self.metrics, "load", error)
+
+    def _give_up(self, op: LoadOp) -> None:
         with self._lock:
             self._failed_blocks.update(op.block_ids[op.start // self._block_size : -(-op.end // self._block_size)])
         self._shared.failed_loads.add(op.req_id)
-        report_failure(self.metrics, "load", error)
 
     def _save(self, op: SaveOp, written: Callable[[], None]) -> None:
         try:
             written()
             slots = self._slot_mapping(op.block_ids, len(op.token_ids), first=0)
             new = torch.arange(len(op.token_ids)) >= op.start
+            keys = self._of_this_shard(op)
             self._engine.store(
-                op.token_ids, mask=new, slot_mapping=slots, keys=op.keys, lora=op.lora, cache_salt=op.cache_salt
+                op.token_ids, mask=new, slot_mapping=slots, keys=keys, lora=op.lora, cache_salt=op.cache_salt
             )
             size, num_tokens = self._shared.config.chunk_size, len(op.token_ids)
-            chunks = cut(num_tokens, op.keys, size)[op.start // size :]
-            self._remember(SegmentRun(chunks, op.keys[op.start // size - 1] if op.start else None), op)
+            chunks = cut(num_tokens, keys, size)[op.start // size :]
+            self._remember(SegmentRun(chunks, keys[op.start // size - 1] if op.start else None), op)
         except Exception as error:
             report_failure(self.metrics, "save", error)
+
+    def _of_this_shard(self, op: SaveOp) -> list[PrefixKey]:
+        """The scheduler role names chunks as the first rank does."""
+        namespace = self._engine.namespace(lora=op.lora, cache_salt=op.cache_salt, paged=True)
+        if not op.keys or op.keys[0].namespace_id == namespace.id:
+            return op.keys
+        return [key.of_shard(namespace) for key in op.keys]
 
     def _save_segments(self, op: SegmentSaveOp, written: Callable[[], None]) -> None:
         try:
