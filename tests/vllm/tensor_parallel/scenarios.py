@@ -136,6 +136,30 @@ def free_blocks(llm: Any) -> bool:
     return bool(pool.get_num_free_blocks() == pool.num_gpu_blocks - 1)
 
 
+def watch_blends(worker: Any, agreeing: bool) -> None:
+    """Remember what this rank chooses to recompute; without ``agreeing`` it goes by its own heads alone."""
+    from unittest.mock import patch
+
+    from lmcache.integration.vllm.blend.blender import Blender
+    from lmcache.integration.vllm.blend.host import VLLMHost
+
+    run, seen = Blender.run, []
+    worker.chosen = seen
+
+    def watched(self: Any, requests: Any) -> Any:
+        done = run(self, requests)
+        seen.extend([list(ranges) for ranges in report.plan.selected] for report in done.values())
+        return done
+
+    patch.object(Blender, "run", watched).start()
+    if not agreeing:
+        patch.object(VLLMHost, "agreed_scores", lambda self, scores, heads: scores).start()
+
+
+def chosen(worker: Any) -> list[Any]:
+    return list(worker.chosen)
+
+
 # Scenarios
 
 
@@ -198,6 +222,60 @@ def faults(model: str, tp: int, config: dict[str, Any], connector: str = "built-
             "ranks": ranks,
             "free": free_blocks(llm),
         }
+
+
+PASSAGE = 192
+
+
+def library_prompt(order: list[int], question: int) -> list[int]:
+    """A system prompt, passages in any order, and a question."""
+    passages = [token for seed in order for token in prompt(PASSAGE, 100 + seed)]
+    return [*prompt(40, 99), *passages, *prompt(24, 1000 + question)]
+
+
+def blended(
+    model: str, tp: int, config: dict[str, Any], connector: str = "built-in", agreeing: bool = True, **options: Any
+) -> dict[str, Any]:
+    """Passages seen one by one, then together; also with one rank's KV of them spoilt, and after it was lost."""
+    from vllm import SamplingParams
+
+    def answers(llm: Any, prompts: list[list[int]], params: dict[str, Any]) -> list[dict[str, Any]]:
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=6,
+            detokenize=False,
+            ignore_eos=True,
+            extra_args={"kv_transfer_params": {"lmcache.skip_save": True, **params}},
+        )
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        return [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "reuse": (output.kv_transfer_params or {}).get("lmcache", {}),
+            }
+            for output in outputs
+        ]
+
+    prompts = [library_prompt(order, at) for at, order in enumerate([[2, 0, 1], [1, 3, 0], [3, 2, 1]])]
+    with serving(model, tp, config, connector, **options) as llm:
+        on_ranks(llm, watch_blends, agreeing)
+        ask(llm, [[*prompt(40, 99), *prompt(PASSAGE, 100 + seed)] for seed in range(4)], 1)
+        on_ranks(llm, held)
+        found = {
+            "plain": answers(llm, prompts, {"lmcache.blend": False, "lmcache.skip_load": True}),
+            "all": answers(llm, prompts, {"lmcache.blend_ratio": 1.0}),
+            "some": [answers(llm, [ids], {"lmcache.blend_ratio": 0.15})[0] for ids in prompts],
+            "none": answers(llm, prompts, {"lmcache.blend_policy": "none", "lmcache.blend_corrector": "none"}),
+            "chosen": on_ranks(llm, chosen),
+            "ranks": on_ranks(llm, held),
+        }
+        on_ranks(llm, corrupt, tp - 1)
+        found["corrupted"] = answers(llm, prompts, {"lmcache.blend_ratio": 0.0})
+        on_ranks(llm, forget, tp - 1, 0)
+        found["lost"] = answers(llm, prompts, {})
+        found["after"] = on_ranks(llm, held)
+        found["free"] = free_blocks(llm)
+        return found
 
 
 if __name__ == "__main__":

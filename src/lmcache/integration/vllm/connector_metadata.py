@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
@@ -55,6 +55,21 @@ class BlendOp:
     req_id: str
     exact_tokens: int
     block_ids: list[int]
+    planned: PlannedBlend | None = None
+
+
+@dataclass
+class PlannedBlend:
+    """What a worker role needs to know of a blend that was planned in another process.
+
+    ``passages`` are ``(match, start, end)`` of the lease of that name, ``params`` the request's
+    ``kv_transfer_params`` as far as they are ours.
+    """
+
+    lease: str
+    token_ids: list[int]
+    passages: list[tuple[int, int, int]]
+    params: dict[str, Any]
 
 
 @dataclass
@@ -69,6 +84,8 @@ class SegmentSaveOp:
     block_ids: list[int]
     runs: list[SegmentRun]
     seams: list[int]
+    lora: str = ""
+    cache_salt: str = ""
 
 
 class SegmentRun(NamedTuple):

@@ -95,7 +95,15 @@ class SavePlanner:
                 runs.append(SegmentRun(placed_chunks(namespace, tokens, first, end, size), before))
         if runs:
             meta.segment_saves.append(
-                SegmentSaveOp(request.request_id, tokens, list(tracker.block_ids), runs, _seams(tracker))
+                SegmentSaveOp(
+                    req_id=request.request_id,
+                    token_ids=tokens,
+                    block_ids=list(tracker.block_ids),
+                    runs=runs,
+                    seams=_seams(tracker),
+                    lora=tracker.lora,
+                    cache_salt=tracker.cache_salt,
+                )
             )
 
 

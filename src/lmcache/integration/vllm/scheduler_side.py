@@ -78,7 +78,7 @@ class SchedulerSide:
         if scheduling is None or tracker.blend is None or exact_tokens >= tracker.request.num_tokens - 1:
             return False
         try:
-            namespace = self._engine.namespace(lora=tracker.lora, cache_salt=tracker.cache_salt, paged=True).id
+            namespace = self._engine.namespace(lora=tracker.lora, cache_salt=tracker.cache_salt, paged=True)
             if not scheduling.look_up(tracker.blend, tracker.request, exact_tokens, namespace) and self._may_wait(
                 tracker
             ):
@@ -267,8 +267,8 @@ class SchedulerSide:
         else:
             tracker.drop_lease()
         tracker.external_tokens = 0
-        self._shared.prepared_blends[request.request_id] = prepared
-        meta.blends.append(BlendOp(request.request_id, prepared.exact_tokens, list(tracker.block_ids)))
+        op = BlendOp(request.request_id, prepared.exact_tokens, list(tracker.block_ids))
+        meta.blends.append(self._shared.hand_over_blend(op, prepared, request.kv_transfer_params or {}))
         if request.num_preemptions == 0:
             tracker.passage_tokens = prepared.reused_tokens
             tracker.passage_tiers = prepared.tokens_by_tier()

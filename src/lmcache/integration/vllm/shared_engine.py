@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lmcache.blend.passage_lease import PassageLease
 from lmcache.cache_engine import LMCacheEngine
 from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.vllm.background_loads import BackgroundLoads
 from lmcache.integration.vllm.blend.blender import Blender
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling, PreparedBlend
+from lmcache.integration.vllm.connector_metadata import BlendOp
 from lmcache.integration.vllm.deferred_release import DeferredReleases
 from lmcache.integration.vllm.model_identity import engine_metadata
 from lmcache.integration.vllm.parallel.placement import reason_against, share_of_rank
@@ -40,8 +43,8 @@ class SharedEngine:
 
     ``handed_over`` carries a lease from the role that took it to the role that loads, by the name that
     :meth:`hand_over` gave it; ``failed_loads`` tells the way back which requests got nothing after all. So do
-    ``prepared_blends`` and ``blend_reports``; ``blender`` is there once the worker role has found that the model can
-    be blended.
+    ``prepared_blends`` and ``blend_reports``; ``held_passages`` waits for blends that another process prepares.
+    ``blender`` is there once the worker role has found that the model can be blended.
 
     Both roles :meth:`acquire` it by the engine id that vLLM gives them; when the last one lets go, or at exit, saves
     under way are finished and everything is closed, ``companions`` first.
@@ -53,6 +56,7 @@ class SharedEngine:
     releases: DeferredReleases = field(default_factory=DeferredReleases)
     handed_over: dict[str, PrefixLease] = field(default_factory=dict)
     failed_loads: set[str] = field(default_factory=set)
+    held_passages: dict[str, PassageLease] = field(default_factory=dict)
     blender: Blender | None = None
     blend_scheduling: BlendScheduling | None = None
     prepared_blends: dict[str, PreparedBlend] = field(default_factory=dict)
@@ -82,6 +86,11 @@ class SharedEngine:
         assert isinstance(lease, PrefixLease)
         self.handed_over[req_id] = lease
         return req_id
+
+    def hand_over_blend(self, op: BlendOp, prepared: PreparedBlend, params: Mapping[str, Any]) -> BlendOp:
+        """The worker role may do ``op``, for a request that came with ``params``; what to tell it."""
+        self.prepared_blends[op.req_id] = prepared
+        return op
 
     def settle(self, req_id: str) -> None:
         """``req_id`` has ended. The worker role has told what became of it already."""
@@ -139,6 +148,9 @@ class SharedEngine:
         for lease in self.handed_over.values():
             lease.release()
         self.handed_over.clear()
+        for passages in self.held_passages.values():
+            passages.release()
+        self.held_passages.clear()
         for prepared in self.prepared_blends.values():
             prepared.lease.release()
         self.prepared_blends.clear()

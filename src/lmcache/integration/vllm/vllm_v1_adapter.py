@@ -58,7 +58,7 @@ class LMCacheConnectorV1Impl:
             if apart and role == KVConnectorRole.SCHEDULER:
                 refuse_unsupported(vllm_config, parent._kv_cache_config)
                 self._ranks = RankedCache(vllm_config)
-                self._scheduler = SchedulerSide(self._ranks, lambda: None)
+                self._scheduler = SchedulerSide(self._ranks, partial(make_scheduling, self._ranks, vllm_config))
                 return
             name, shared = SharedEngine.acquire(vllm_config, parent._kv_cache_config)
         except UnsupportedSetupError as reason:

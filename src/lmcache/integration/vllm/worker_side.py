@@ -27,6 +27,7 @@ from lmcache.integration.vllm.connector_metadata import (
 from lmcache.integration.vllm.deferred_release import Releasable
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
 from lmcache.integration.vllm.parallel.agreement import TensorParallelAgreement
+from lmcache.integration.vllm.parallel.planned_blends import take_blend
 from lmcache.integration.vllm.prometheus import LMCacheStats
 from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.keys import PrefixKey, token_array
@@ -60,6 +61,7 @@ class WorkerSide:
         self._block_size: int = vllm_config.cache_config.block_size
         self._device = torch.device("cpu")
         self._meta: LMCacheConnectorMetadata | None = None
+        self._blend_defaults: BlendDefaults | None = None
         self._layerwise = LayerwiseLoads(self._load_failed)
         self._lock = threading.Lock()
         self._failed_blocks: set[int] = set()
@@ -90,7 +92,8 @@ class WorkerSide:
         try:
             self._shared.blender = Blender.find(self._vllm_config, connector, layer_names)
             logger.info("CacheBlend is on: policy %s", self._shared.config.blend_policy)
-            usual = BlendDefaults(self._shared.config).for_request({})
+            self._blend_defaults = BlendDefaults(self._shared.config)
+            usual = self._blend_defaults.for_request({})
             self._shared.blender.warm_up(usual.policy, usual.corrector)
         except UnsupportedModelError as error:
             self.metrics.blend_fallback("unsupported_model")
@@ -157,8 +160,8 @@ class WorkerSide:
         meta, self._meta = self._meta, None
         if meta is None:
             return
-        if self._agreement is not None and meta.loads:
-            self._fail_together(self._agreement, meta.loads)
+        if self._agreement is not None and (meta.loads or meta.blends):
+            self._fail_together(self._agreement, [*meta.loads, *map(self._as_load, meta.blends)])
         if not (meta.saves or meta.segment_saves):
             return
         written = self._queued_work()
@@ -202,6 +205,7 @@ class WorkerSide:
         failed = self._shared.failed_loads
         for load, lost in zip(loads, agreement.any_rank([load.req_id in failed for load in loads]), strict=True):
             if lost and load.req_id not in failed:
+                self._shared.blend_reports.pop(load.req_id, None)
                 self._give_up(load)
 
     def _load(self, op: LoadOp, *, layerwise: bool = False, asynchronous: bool = False) -> None:
@@ -239,14 +243,11 @@ class WorkerSide:
 
     def _blend(self, ops: list[BlendOp]) -> None:
         """Fill the pages of ``ops``; one that fails is computed by vLLM, as after a load that failed."""
-        prepared = {op.req_id: self._shared.prepared_blends.pop(op.req_id) for op in ops}
-        with self._lock:
-            failed_blocks = set(self._failed_blocks)  # of a prefix that another request has loaded, too
+        prepared = self._prepared(ops)
         try:
             requests = [
                 PagedRequest(op.req_id, prepared[op.req_id], self._slots_of(op, prepared[op.req_id]))
-                for op in ops
-                if op.req_id not in self._shared.failed_loads and failed_blocks.isdisjoint(op.block_ids)
+                for op in self._possible(ops, prepared)
             ]
             blender = self._shared.blender
             assert blender is not None
@@ -262,9 +263,37 @@ class WorkerSide:
                 self._count_blend(op.req_id, prepared[op.req_id], outcome)
                 continue
             self.metrics.blend_fallback("error" if outcome is not None else "prefix_load")
-            num_tokens = len(prepared[op.req_id].token_ids)
-            failed = LoadOp(op.req_id, [], op.exact_tokens, num_tokens - 1, op.block_ids)
-            self._load_failed(failed, outcome or RuntimeError("the prefix in front of a blend could not be loaded"))
+            self._load_failed(
+                self._as_load(op), outcome or RuntimeError("the prefix in front of a blend could not be loaded")
+            )
+
+    def _prepared(self, ops: list[BlendOp]) -> dict[str, PreparedBlend]:
+        """By request. One that is missing has lost what it was promised."""
+        prepared: dict[str, PreparedBlend] = {}
+        for op in ops:
+            try:
+                prepared[op.req_id] = take_blend(self._shared, self._blend_defaults, op)
+            except Exception as error:  # noqa: PERF203 - each request's fault is its own
+                report_failure(self.metrics, "prepare_blend", error)
+        return prepared
+
+    def _possible(self, ops: list[BlendOp], prepared: dict[str, PreparedBlend]) -> list[BlendOp]:
+        """Those whose passages are held and whose prefix is in place, in every rank: their forwards are one."""
+        with self._lock:
+            failed_blocks = set(self._failed_blocks)  # of a prefix that another request has loaded, too
+        lost = [
+            op.req_id not in prepared
+            or op.req_id in self._shared.failed_loads
+            or not failed_blocks.isdisjoint(op.block_ids)
+            for op in ops
+        ]
+        if self._agreement is not None:
+            lost = self._agreement.any_rank(lost)
+        return [op for op, is_lost in zip(ops, lost, strict=True) if not is_lost]
+
+    def _as_load(self, op: BlendOp) -> LoadOp:
+        """The blocks that ``op`` was to fill."""
+        return LoadOp(op.req_id, [], op.exact_tokens, len(op.block_ids) * self._block_size, op.block_ids)
 
     def _slots_of(self, op: BlendOp, prepared: PreparedBlend) -> torch.Tensor:
         return self._slot_mapping(op.block_ids, len(prepared.token_ids), first=0)
@@ -311,12 +340,23 @@ class WorkerSide:
             return op.keys
         return [key.of_shard(namespace) for key in op.keys]
 
+    def _runs_of_this_shard(self, op: SegmentSaveOp) -> list[SegmentRun]:
+        namespace = self._engine.namespace(lora=op.lora, cache_salt=op.cache_salt, paged=True)
+        return [
+            SegmentRun(
+                [chunk._replace(key=chunk.key.of_shard(namespace)) for chunk in run.chunks],
+                None if run.before is None else run.before.of_shard(namespace),
+            )
+            for run in op.runs
+        ]
+
     def _save_segments(self, op: SegmentSaveOp, written: Callable[[], None]) -> None:
         try:
             written()
             slots = self._slot_mapping(op.block_ids, len(op.token_ids), first=0)
-            self._engine.store_chunks([chunk for run in op.runs for chunk in run.chunks], slots)
-            for run in op.runs:
+            runs = self._runs_of_this_shard(op)
+            self._engine.store_chunks([chunk for run in runs for chunk in run.chunks], slots)
+            for run in runs:
                 self._remember(run, op)
         except Exception as error:
             report_failure(self.metrics, "save_segments", error)

@@ -71,6 +71,64 @@ class Release(msgspec.Struct, tag=True, frozen=True):
     lease: str
 
 
+class MatchPiece(msgspec.Struct, frozen=True, array_like=True):
+    """A :class:`lmcache.segmentation.passage_index.Piece`; ``digest`` is that of its chunk."""
+
+    start: int
+    end: int
+    offset: int
+    digest: bytes
+
+
+class Match(msgspec.Struct, frozen=True, array_like=True):
+    """A :class:`lmcache.segmentation.passage_index.PassageMatch`."""
+
+    start: int
+    end: int
+    old_start: int
+    pieces: tuple[MatchPiece, ...]
+
+
+class FindPassages(msgspec.Struct, tag=True, frozen=True):
+    """Ask one rank what is known of ``tokens[start:]``, for all. Answered by :class:`Matches`.
+
+    ``tokens`` are little-endian uint32; ``ranges`` are those of the passages, where they are known.
+    """
+
+    tokens: bytes
+    start: int
+    ranges: list[tuple[int, int]] | None
+    lora: str
+    cache_salt: str
+
+
+class Matches(msgspec.Struct, tag=True, frozen=True):
+    matches: tuple[Match, ...]
+
+
+class HoldPassages(msgspec.Struct, tag=True, frozen=True):
+    """Hold the chunks of ``matches`` under ``lease``. Answered by :class:`PassagesState`."""
+
+    lease: str
+    matches: tuple[Match, ...]
+    lora: str
+    cache_salt: str
+
+
+class LookAtPassages(msgspec.Struct, tag=True, frozen=True):
+    """:class:`Look` for a lease of passages."""
+
+    lease: str
+    cut: bool = False
+
+
+class PassagesState(msgspec.Struct, tag=True, frozen=True):
+    """``tiers``: for each piece of each match where it came from; empty for one that is not held."""
+
+    ready: bool
+    tiers: list[list[str]]
+
+
 class AreSaving(msgspec.Struct, tag=True, frozen=True):
     """Ask whether the chunk that the scheduler calls ``key`` is being saved at this moment."""
 
@@ -105,8 +163,20 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
-Request: TypeAlias = Hello | Describe | LookUp | Look | Release | AreSaving | WhatBecameOf | Clear
-Reply: TypeAlias = Hello | Description | LeaseState | Answer | Outcome | Refused
+Request: TypeAlias = (
+    Hello
+    | Describe
+    | LookUp
+    | Look
+    | FindPassages
+    | HoldPassages
+    | LookAtPassages
+    | Release
+    | AreSaving
+    | WhatBecameOf
+    | Clear
+)
+Reply: TypeAlias = Hello | Description | LeaseState | Matches | PassagesState | Answer | Outcome | Refused
 
 
 def split_digests(digests: bytes) -> list[bytes]:

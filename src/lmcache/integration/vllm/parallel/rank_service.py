@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
+from lmcache.blend.find_passages import find_matches
+from lmcache.blend.passage_lease import PassageLease
 from lmcache.integration.guard import report_failure
 from lmcache.integration.vllm.parallel.frames import ConnectionLostError, receive_frame, send_frame
 from lmcache.integration.vllm.parallel.messages import (
@@ -21,11 +24,18 @@ from lmcache.integration.vllm.parallel.messages import (
     Clear,
     Describe,
     Description,
+    FindPassages,
     Hello,
+    HoldPassages,
     LeaseState,
     Look,
+    LookAtPassages,
     LookUp,
+    Match,
+    Matches,
+    MatchPiece,
     Outcome,
+    PassagesState,
     Refused,
     Release,
     Reply,
@@ -35,9 +45,10 @@ from lmcache.integration.vllm.parallel.messages import (
 )
 from lmcache.integration.vllm.parallel.rendezvous import is_same_user, listen, socket_path
 from lmcache.integration.vllm.shared_engine import SharedEngine
-from lmcache.keys import PrefixKey
+from lmcache.keys import CacheKey, Namespace, PrefixKey, SegmentKey
 from lmcache.lease import PrefixLease
 from lmcache.observability.logging import init_logger, log_limited
+from lmcache.segmentation.passage_index import PassageMatch, Piece
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,6 +75,9 @@ class RankService:
             Describe: self._describe,
             LookUp: self._look_up,
             Look: self._look,
+            FindPassages: self._find_passages,
+            HoldPassages: self._hold_passages,
+            LookAtPassages: self._look_at_passages,
             Release: self._release,
             AreSaving: self._are_saving,
             WhatBecameOf: self._what_became_of,
@@ -142,7 +156,7 @@ class RankService:
             report_failure(self._shared.metrics, f"rank_{type(message).__name__.lower()}", error)
             return Refused(f"{type(error).__name__}: {error}")
 
-    # The answers
+    # The answers: prefixes
 
     def _describe(self, _: Describe) -> Description:
         connector = self._shared.engine.gpu_connector
@@ -167,10 +181,41 @@ class RankService:
             lease.cut()
         return _state(lease)
 
+    # Passages
+
+    def _find_passages(self, message: FindPassages) -> Matches:
+        known = self._shared.manager.passages
+        if known is None:
+            return Matches(())
+        namespace = self._shared.engine.namespace(lora=message.lora, cache_salt=message.cache_salt, paged=True)
+        tokens = np.frombuffer(message.tokens, dtype="<u4")
+        found = find_matches(known, self._shared.config, tokens, message.start, message.ranges, namespace.id)
+        return Matches(tuple(_told(match) for match in found))
+
+    def _hold_passages(self, message: HoldPassages) -> PassagesState:
+        engine = self._shared.engine
+        connector = engine.gpu_connector
+        assert connector is not None
+        namespace = engine.namespace(lora=message.lora, cache_salt=message.cache_salt, paged=True)
+        matches = [_read(match, namespace) for match in message.matches]
+        lease = PassageLease.take(engine.storage, matches, connector.spec)
+        self._shared.held_passages[message.lease] = lease
+        return PassagesState(lease.ready(), lease.tiers())
+
+    def _look_at_passages(self, message: LookAtPassages) -> PassagesState:
+        lease = self._shared.held_passages[message.lease]
+        if message.cut:
+            lease.cut()
+        ready = lease.ready()  # first, as above
+        return PassagesState(ready, lease.tiers())
+
+    # Both
+
     def _release(self, message: Release) -> None:
-        lease = self._shared.handed_over.pop(message.lease, None)
-        if lease is not None:
-            lease.release()
+        for leases in (self._shared.handed_over, self._shared.held_passages):
+            lease = leases.pop(message.lease, None)
+            if lease is not None:
+                lease.release()
 
     def _are_saving(self, message: AreSaving) -> Answer:
         return Answer(self._shared.saves.will_hold(PrefixKey(message.key)))
@@ -189,13 +234,27 @@ class RankService:
         return Answer(True)
 
     def _give_back_all(self) -> None:
-        for name in list(self._shared.handed_over):
+        for name in [*self._shared.handed_over, *self._shared.held_passages]:
             self._release(Release(name))
 
 
 def _state(lease: PrefixLease) -> LeaseState:
     ready = lease.ready()  # first: a lease that is ready does not change any more
     return LeaseState(lease.num_tokens, ready, tuple(lease.tier_runs()))
+
+
+def _told(match: PassageMatch[CacheKey]) -> Match:
+    pieces = (MatchPiece(piece.start, piece.end, piece.offset, piece.key.digest) for piece in match.pieces)
+    return Match(match.start, match.end, match.old_start, tuple(pieces))
+
+
+def _read(match: Match, namespace: Namespace) -> PassageMatch[CacheKey]:
+    pieces = (
+        # A key is its bytes: what was kept under a prefix key is found by them too.
+        Piece[CacheKey](piece.start, piece.end, SegmentKey(namespace.id + piece.digest), piece.offset)
+        for piece in match.pieces
+    )
+    return PassageMatch(match.start, match.end, match.old_start, tuple(pieces))
 
 
 def _shut(end: socket.socket) -> None:

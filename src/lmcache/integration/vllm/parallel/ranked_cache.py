@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lmcache.blend.find_passages import PromptCutter
 from lmcache.config import LMCacheEngineConfig
-from lmcache.integration.vllm.connector_metadata import LMCacheConnectorMetadata
+from lmcache.integration.vllm.connector_metadata import BlendOp, LMCacheConnectorMetadata, PlannedBlend
 from lmcache.integration.vllm.model_identity import engine_metadata
 from lmcache.integration.vllm.parallel.failed_loads import FailedLoads
 from lmcache.integration.vllm.parallel.planned_saves import PlannedSaves
 from lmcache.integration.vllm.parallel.ranked_engine import RankedEngine
 from lmcache.integration.vllm.parallel.ranked_lease import RankedLease
+from lmcache.integration.vllm.parallel.ranked_passages import RankedFinder, RankedPassageLease
 from lmcache.integration.vllm.parallel.ranks import Ranks
 from lmcache.integration.vllm.parallel.rendezvous import socket_path
 from lmcache.lease import PrefixLease
 from lmcache.observability.logging import configure_for_engine
 from lmcache.observability.metrics import Metrics
+from lmcache.segmentation.explicit import PARAMETER as SEGMENTS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,7 +46,6 @@ class RankedCache:
         self.saves = PlannedSaves(self._ranks)
         self.failed_loads = FailedLoads(self._ranks)
         self.blend_scheduling: BlendScheduling | None = None
-        self.prepared_blends: dict[str, PreparedBlend] = {}
         self.blend_reports: dict[str, dict[str, Any]] = {}
 
     @property
@@ -60,6 +64,21 @@ class RankedCache:
         assert isinstance(lease, RankedLease)
         self.failed_loads.watch(req_id)
         return lease.name
+
+    def hand_over_blend(self, op: BlendOp, prepared: PreparedBlend, params: Mapping[str, Any]) -> BlendOp:
+        """The ranks may do ``op``, for a request that came with ``params``; what to tell them."""
+        assert isinstance(prepared.lease, RankedPassageLease)
+        self.failed_loads.watch(op.req_id)
+        planned = PlannedBlend(
+            lease=prepared.lease.name,
+            token_ids=prepared.token_ids,
+            passages=[(passage.match, passage.start, passage.end) for passage in prepared.passages],
+            params={key: value for key, value in params.items() if key.startswith("lmcache.") and key != SEGMENTS},
+        )
+        return replace(op, planned=planned)
+
+    def make_finder(self, cutter: PromptCutter) -> RankedFinder:
+        return RankedFinder(self._ranks, cutter)
 
     def planned(self, meta: LMCacheConnectorMetadata) -> None:
         """``meta`` is what the ranks are told about the next step."""

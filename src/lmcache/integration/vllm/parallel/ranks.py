@@ -109,6 +109,18 @@ class Ranks:
             self._failed(error)
             return None
 
+    def ask_first(self, message: Request, kind: type[ReplyT]) -> ReplyT | None:
+        """The reply of the first rank alone; None when it gave none."""
+        ranks = self._connected()
+        if ranks is None:
+            return None
+        try:
+            ranks[0].send(message)
+            return ranks[0].receive(kind, time.monotonic() + REPLY_SECONDS)
+        except Exception as error:
+            self._failed(error)
+            return None
+
     def tell(self, message: Request) -> None:
         """Send what is not answered."""
         if self._ranks is None:
