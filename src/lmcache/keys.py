@@ -8,6 +8,9 @@ hash seed, so restarts and other hosts agree.
   digest of chunk ``i - 1``; chunk 0 is keyed with the namespace.
 - :class:`SegmentKey`: a run of tokens on its own, wherever it stands. Keyed with the namespace alone.
 
+Digests are keyed with the namespace *of the whole model*: the shards of one model hash alike, so a prompt is hashed
+once for all of them, and only the 16 bytes in front tell one shard from another.
+
 The two types start from different root keys, so equal tokens never give equal digests.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import TypeAlias, TypeVar
 
@@ -52,6 +55,10 @@ class _Key(bytes):
     def digest(self) -> bytes:
         return self[NAMESPACE_BYTES:]
 
+    def of_shard(self: _KeyT, namespace: Namespace) -> _KeyT:
+        """The key of the same tokens in ``namespace``, which differs from this key's in its shard alone."""
+        return type(self)(namespace.id + self.digest)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.namespace_id.hex()[:8]}…:{self.digest.hex()[:12]}…)"
 
@@ -77,8 +84,9 @@ class Namespace:
 
     ``model`` names the weights (name or path), ``revision`` pins them (commit, or a fingerprint of local
     files), ``model_config`` is a digest of the architecture settings (rope scaling, overrides, quantisation).
-    ``layout`` is the host layout of the bytes and its version. ``shard`` is the part of the model that this
-    process holds. ``lora`` and ``cache_salt`` isolate adapters and tenants.
+    ``layout`` is the host layout of the bytes and its version. The shard is the part of the model that these bytes
+    hold: part ``tp_rank`` of ``tp_size`` equal parts of the KV heads, and stage ``pp_rank`` of ``pp_size`` of the
+    layers. ``lora`` and ``cache_salt`` isolate adapters and tenants.
     """
 
     model: str
@@ -106,12 +114,17 @@ class Namespace:
         return self._root[:NAMESPACE_BYTES]
 
     @cached_property
+    def _model_root(self) -> bytes:
+        """The root of the model as one shard."""
+        return replace(self, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1)._root
+
+    @cached_property
     def prefix_root(self) -> bytes:
-        return blake3(b"prefix", key=self._root).digest()
+        return blake3(b"prefix", key=self._model_root).digest()
 
     @cached_property
     def segment_root(self) -> bytes:
-        return blake3(b"segment", key=self._root).digest()
+        return blake3(b"segment", key=self._model_root).digest()
 
 
 def token_bytes(tokens: Tokens) -> bytes:

@@ -95,6 +95,16 @@ class PrefixLease:
                 tokens[tier] += max(0, last - max(chunk.start, start))
         return {tier: count for tier, count in tokens.items() if count}
 
+    def tier_runs(self) -> list[tuple[str, int]]:
+        """The leased tokens from the start of the prompt on, as runs of ``(tier, end of the run)``."""
+        runs: list[tuple[str, int]] = []
+        with self._changed:
+            for chunk, tier in zip(self._chunks[: self._promised], self._tiers, strict=False):
+                if runs and runs[-1][0] == tier:
+                    runs.pop()
+                runs.append((tier, chunk.end))
+        return runs
+
     def ready(self) -> bool:
         """Whether every byte of the lease is in host memory."""
         with self._changed:

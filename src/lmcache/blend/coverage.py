@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lmcache.blend.find_passages import FoundPassages, Range
+from lmcache.blend.find_passages import FoundPassages, HoldT, Range
 from lmcache.blend.passage_lease import HeldPassage
 from lmcache.config import LMCacheEngineConfig
 
@@ -21,7 +21,7 @@ class Declined(NamedTuple):
 
 
 def choose_passages(
-    found: FoundPassages, exact_tokens: int, end: int, config: LMCacheEngineConfig
+    found: FoundPassages[HoldT], exact_tokens: int, end: int, config: LMCacheEngineConfig
 ) -> list[HeldPassage] | Declined:
     """The passages to blend the tokens ``[exact_tokens, end)`` with."""
     passages = found.held(exact_tokens, end, config.blend_min_tokens)

@@ -192,7 +192,7 @@ class LMCBlender:
         # The last token is always computed, so that there is something to go on from.
         exact = min(max(leading_false(mask, len(tokens)), _end(found)), len(tokens) - 1)
         listed = [int(token) for token in tokens]
-        namespace = self._engine.namespace(paged=True).id
+        namespace = self._engine.namespace(paged=True)
         passages = self._finder.find(listed, exact, self._finder.ranges(listed, None), namespace)
         try:
             passages.lease.wait(self._config.max_disk_wait_seconds)

@@ -4,16 +4,68 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from lmcache.blend.chunk_source import ChunkPart
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.segmentation.passage_index import PassageMatch
 from lmcache.storage.tiered import TieredStorage
+
+
+class PassagePiece(Protocol):
+    """Tokens ``[start, end)`` of a prompt, which stood at ``old_start`` in an earlier one."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def old_start(self) -> int: ...
+
+
+PieceT = TypeVar("PieceT", bound=PassagePiece)
+
+
+class Run(NamedTuple, Generic[PieceT]):
+    """Consecutive ``pieces`` of match number ``match``, cut to the tokens ``[start, end)``."""
+
+    match: int
+    pieces: list[PieceT]
+    start: int
+    end: int
+    old_start: int
+
+
+def runs_of(
+    matches: Iterable[Sequence[PieceT]],
+    held: Callable[[PieceT], bool],
+    start: int,
+    end: int,
+    min_tokens: int,
+    exact_tokens: int,
+) -> Iterator[Run[PieceT]]:
+    """What is ``held`` of the tokens ``[start, end)``; see :meth:`PassageLease.passages`."""
+    for match, pieces in enumerate(matches):
+        run: list[PieceT] = []
+        for piece in [*pieces, None]:
+            if piece is not None and held(piece) and piece.end > start and piece.start < end:
+                run.append(piece)
+            elif run:
+                found = _cut(match, run, start, end)
+                continues = found.start == found.old_start == exact_tokens
+                if found.end - (0 if continues else found.start) >= min_tokens:
+                    yield found
+                run = []
+
+
+def _cut(match: int, pieces: list[PieceT], start: int, end: int) -> Run[PieceT]:
+    first = max(pieces[0].start, start)
+    return Run(match, pieces, first, min(pieces[-1].end, end), pieces[0].old_start + first - pieces[0].start)
 
 
 @dataclass
@@ -31,13 +83,37 @@ class _Piece:
 
 @dataclass(frozen=True)
 class HeldPassage:
-    """Tokens ``[start, end)`` of the prompt, whose keys were rotated to positions ``old_start …``."""
+    """Tokens ``[start, end)`` of the prompt, whose keys were rotated to positions ``old_start …``.
+
+    ``match`` is the number of the match that they lie in. ``parts`` is empty where the KV is in other processes.
+    """
 
     start: int
     end: int
     old_start: int
     parts: tuple[ChunkPart, ...]
     tokens_by_tier: dict[str, int] = field(default_factory=dict)
+    match: int = 0
+
+    @classmethod
+    def of_tiers(cls, run: Run[PieceT], parts: tuple[ChunkPart, ...], tiers: Iterable[str]) -> HeldPassage:
+        """``tiers``: where each piece of ``run`` came from."""
+        tokens: Counter[str] = Counter()
+        for piece, tier in zip(run.pieces, tiers, strict=True):
+            tokens[tier] += min(piece.end, run.end) - max(piece.start, run.start)
+        return cls(run.start, run.end, run.old_start, parts, dict(tokens), run.match)
+
+
+class PassageHold(Protocol):
+    """A lease of passages, here or in other processes."""
+
+    def ready(self) -> bool: ...
+
+    def cut(self) -> None: ...
+
+    def passages(self, start: int, end: int, min_tokens: int = 1, *, exact_tokens: int = 0) -> list[HeldPassage]: ...
+
+    def release(self) -> None: ...
 
 
 class PassageLease:
@@ -105,20 +181,26 @@ class PassageLease:
 
         A run counts the ``exact_tokens`` at the beginning of the prompt that it goes on from.
         """
-        found: list[HeldPassage] = []
         with self._changed:
-            for pieces in self._passages:
-                run: list[_Piece] = []
-                for piece in [*pieces, None]:
-                    if piece is not None and piece.obj is not None and piece.end > start and piece.start < end:
-                        run.append(piece)
-                    elif run:
-                        passage = _joined(run, start, end)
-                        continues = passage.start == passage.old_start == exact_tokens
-                        if passage.end - (0 if continues else passage.start) >= min_tokens:
-                            found.append(passage)
-                        run = []
-        return found
+            runs = runs_of(self._passages, _is_held, start, end, min_tokens, exact_tokens)
+            return [_joined(run) for run in runs]
+
+    def chosen(self, match: int, start: int, end: int) -> HeldPassage:
+        """The tokens ``[start, end)`` of match number ``match``.
+
+        Raises:
+            ValueError: not all of them are held.
+        """
+        with self._changed:
+            pieces = self._passages[match] if match < len(self._passages) else []
+            for run in runs_of([pieces], _is_held, start, end, end - start, 0):
+                return _joined(run._replace(match=match))
+        raise ValueError(f"tokens [{start}, {end}) of match {match} are not held")
+
+    def tiers(self) -> list[list[str]]:
+        """For each piece of each match the tier it came from; empty for one that has not arrived."""
+        with self._changed:
+            return [[piece.tier if _is_held(piece) else "" for piece in pieces] for pieces in self._passages]
 
     def release(self) -> None:
         """Give every reference back, those of reads still under way when they arrive. Idempotent, never blocks."""
@@ -151,14 +233,15 @@ def _fits(obj: MemoryObj, piece: _Piece, spec: Callable[[int], KVSpec]) -> bool:
     return piece.offset + piece.end - piece.start <= num_tokens and obj.spec == spec(num_tokens)
 
 
-def _joined(run: Sequence[_Piece], start: int, end: int) -> HeldPassage:
-    """Consecutive pieces as one passage, without what lies outside of ``[start, end)``."""
+def _is_held(piece: _Piece) -> bool:
+    return piece.obj is not None
+
+
+def _joined(run: Run[_Piece]) -> HeldPassage:
+    """Consecutive pieces as one passage."""
     parts: list[ChunkPart] = []
-    tiers: Counter[str] = Counter()
-    for piece in run:
-        first, last = max(piece.start, start), min(piece.end, end)
+    for piece in run.pieces:
+        first, last = max(piece.start, run.start), min(piece.end, run.end)
         assert piece.obj is not None
         parts.append(ChunkPart(piece.obj, piece.offset + first - piece.start, last - first))
-        tiers[piece.tier] += last - first
-    first = max(run[0].start, start)
-    return HeldPassage(first, min(run[-1].end, end), run[0].old_start + first - run[0].start, tuple(parts), dict(tiers))
+    return HeldPassage.of_tiers(run, tuple(parts), (piece.tier for piece in run.pieces))

@@ -53,11 +53,15 @@ def served(**parallel: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("kind", ["tensor", "pipeline", "data", "decode_context", "prefill_context"])
+@pytest.mark.parametrize("kind", ["pipeline", "data", "decode_context", "prefill_context"])
 def test_ranks_that_must_act_together_are_refused(kind: str) -> None:
     check_served(nn.Identity(), served())
     with pytest.raises(UnsupportedModelError, match=r"Identity cannot be blended: .* rank"):
         check_served(nn.Identity(), served(**{kind: 2}))
+
+
+def test_tensor_parallel_ranks_agree() -> None:
+    check_served(nn.Identity(), served(tensor=2))
 
 
 def test_data_parallel_ranks_of_a_dense_model_are_alone() -> None:

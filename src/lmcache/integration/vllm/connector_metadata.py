@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
@@ -16,7 +16,7 @@ class LoadOp:
     """Write the KV of tokens ``[start, end)`` of a request into its pages before the forward.
 
     ``block_ids`` are the request's blocks from token 0. The KV itself waits in the lease that the scheduler role
-    handed over under ``req_id``.
+    handed over under the name ``lease``.
     """
 
     req_id: str
@@ -24,6 +24,7 @@ class LoadOp:
     start: int
     end: int
     block_ids: list[int]
+    lease: str = ""
 
 
 @dataclass
@@ -54,6 +55,21 @@ class BlendOp:
     req_id: str
     exact_tokens: int
     block_ids: list[int]
+    planned: PlannedBlend | None = None
+
+
+@dataclass
+class PlannedBlend:
+    """What a worker role needs to know of a blend that was planned in another process.
+
+    ``passages`` are ``(match, start, end)`` of the lease of that name, ``params`` the request's
+    ``kv_transfer_params`` as far as they are ours.
+    """
+
+    lease: str
+    token_ids: list[int]
+    passages: list[tuple[int, int, int]]
+    params: dict[str, Any]
 
 
 @dataclass
@@ -68,6 +84,8 @@ class SegmentSaveOp:
     block_ids: list[int]
     runs: list[SegmentRun]
     seams: list[int]
+    lora: str = ""
+    cache_salt: str = ""
 
 
 class SegmentRun(NamedTuple):
@@ -81,7 +99,8 @@ class SegmentRun(NamedTuple):
 class LMCacheConnectorMetadata(KVConnectorMetadata):
     """``loads``, then ``blends`` must be done before this step's forward; ``asynchronous_loads`` run beside it.
     ``preempted`` names requests whose blocks vLLM may hand to others in this very step: their saves must be done before
-    the forward."""
+    the forward. ``delayed_frees`` names requests that have finished and whose blocks stay until the worker role names
+    them, because their saves are done."""
 
     loads: list[LoadOp] = field(default_factory=list)
     asynchronous_loads: list[LoadOp] = field(default_factory=list)
@@ -89,3 +108,4 @@ class LMCacheConnectorMetadata(KVConnectorMetadata):
     saves: list[SaveOp] = field(default_factory=list)
     segment_saves: list[SegmentSaveOp] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
+    delayed_frees: list[str] = field(default_factory=list)

@@ -34,6 +34,11 @@ def engine_metadata(vllm_config: VllmConfig, chunk_size: int) -> LMCacheEngineMe
         kv_dtype=kv_dtype,
         quantization=model.quantization,
     )
+    head_shard, head_shards = _head_shard(
+        parallel.rank % parallel.tensor_parallel_size,
+        parallel.tensor_parallel_size,
+        1 if use_mla else model.get_total_num_kv_heads(),
+    )
     return LMCacheEngineMetadata(
         **identity._asdict(),
         world_size=parallel.world_size,
@@ -47,11 +52,20 @@ def engine_metadata(vllm_config: VllmConfig, chunk_size: int) -> LMCacheEngineMe
             model.get_head_size(),
         ),
         use_mla=use_mla,
-        tp_rank=parallel.rank % parallel.tensor_parallel_size,
-        tp_size=parallel.tensor_parallel_size,
+        tp_rank=head_shard,
+        tp_size=head_shards,
         pp_rank=parallel.rank // parallel.tensor_parallel_size,
         pp_size=parallel.pipeline_parallel_size,
     )
+
+
+def _head_shard(tp_rank: int, tp_size: int, num_kv_heads: int) -> tuple[int, int]:
+    """Which part of the KV heads a rank has, and how many parts there are.
+
+    Where there are more ranks than KV heads (MLA counts as one), several ranks keep the same head.
+    """
+    parts = min(tp_size, num_kv_heads)
+    return tp_rank * parts // tp_size, parts
 
 
 def lora_identity(lora: LoRARequest | None) -> str:

@@ -69,8 +69,13 @@ class PendingSaves:
             self._delayed.add(req_id)
             return True
 
+    def free_when_done(self, req_id: str) -> None:
+        """:meth:`take_freed` is to name a request of which no more saves will come, be it at once."""
+        with self._changed:
+            (self._delayed if req_id in self._by_request else self._freed).add(req_id)
+
     def take_freed(self) -> set[str]:
-        """Requests of :meth:`delay_free` whose saves have ended since the last call."""
+        """Requests of :meth:`delay_free` and :meth:`free_when_done` whose saves have ended since the last call."""
         with self._changed:
             freed, self._freed = self._freed, set()
             return freed

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache.integration.vllm.blend.scheduling import RequestBlend
 from lmcache.integration.vllm.model_identity import lora_identity, tenant_salt
+from lmcache.integration.vllm.parallel.ranked_lease import RankedLease
 from lmcache.keys import PrefixKey
 from lmcache.lease import PrefixLease
 from lmcache.storage.inquiry import Inquiry
@@ -35,7 +36,7 @@ class RequestTracker:
     block_ids: list[int] = field(default_factory=list)
     inquiry: Inquiry | None = None
     asked_for: int = -1
-    lease: PrefixLease | None = None
+    lease: PrefixLease | RankedLease | None = None
     leased_for: int = 0
     wait_until: float | None = None
     local_tokens: int = 0
@@ -75,7 +76,7 @@ class RequestTracker:
         """Leading tokens whose KV is exact; None: all."""
         return None if self.blend is None else self.blend.exact_tokens
 
-    def take_lease(self) -> PrefixLease | None:
+    def take_lease(self) -> PrefixLease | RankedLease | None:
         lease, self.lease = self.lease, None
         return lease
 

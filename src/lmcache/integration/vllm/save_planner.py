@@ -8,6 +8,7 @@ from lmcache.integration.vllm.connector_metadata import (
     SegmentRun,
     SegmentSaveOp,
 )
+from lmcache.integration.vllm.parallel.ranked_cache import RankedCache
 from lmcache.integration.vllm.request_tracker import RequestTracker
 from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.prompt import MIN_RUN_TOKENS, placed_chunks
@@ -17,7 +18,7 @@ from lmcache.segmentation.anchors import WINDOW
 class SavePlanner:
     """Plans the saves of each step; every token of a prompt is saved once."""
 
-    def __init__(self, shared: SharedEngine) -> None:
+    def __init__(self, shared: SharedEngine | RankedCache) -> None:
         self._shared = shared
         self._engine = shared.engine
         self._config = shared.config
@@ -26,7 +27,7 @@ class SavePlanner:
         self, meta: LMCacheConnectorMetadata, tracker: RequestTracker, num_computed: int, num_scheduled: int
     ) -> None:
         """Add to ``meta`` what this step makes final: it computes ``num_scheduled`` tokens behind ``num_computed``."""
-        if tracker.skip_save or self._engine.gpu_connector is None:
+        if tracker.skip_save or not self._shared.serves:
             return
         request, chunk_size = tracker.request, self._config.chunk_size
         valid = min(num_computed + num_scheduled, request.num_prompt_tokens)
@@ -94,7 +95,15 @@ class SavePlanner:
                 runs.append(SegmentRun(placed_chunks(namespace, tokens, first, end, size), before))
         if runs:
             meta.segment_saves.append(
-                SegmentSaveOp(request.request_id, tokens, list(tracker.block_ids), runs, _seams(tracker))
+                SegmentSaveOp(
+                    req_id=request.request_id,
+                    token_ids=tokens,
+                    block_ids=list(tracker.block_ids),
+                    runs=runs,
+                    seams=_seams(tracker),
+                    lora=tracker.lora,
+                    cache_salt=tracker.cache_salt,
+                )
             )
 
 

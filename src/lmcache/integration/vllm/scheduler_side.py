@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache.integration.guard import never_raise, report_failure
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling
 from lmcache.integration.vllm.connector_metadata import BlendOp, LMCacheConnectorMetadata, LoadOp
+from lmcache.integration.vllm.parallel.ranked_cache import RankedCache
 from lmcache.integration.vllm.request_tracker import RequestTracker
 from lmcache.integration.vllm.save_planner import SavePlanner
 from lmcache.integration.vllm.shared_engine import SharedEngine
@@ -25,7 +26,9 @@ logger = init_logger(__name__)
 class SchedulerSide:
     """Looks prompts up, holds what was found until the worker role has loaded it, and plans the saves."""
 
-    def __init__(self, shared: SharedEngine, make_scheduling: Callable[[], BlendScheduling | None]) -> None:
+    def __init__(
+        self, shared: SharedEngine | RankedCache, make_scheduling: Callable[[], BlendScheduling | None]
+    ) -> None:
         """``make_scheduling`` gives the scheduler's half of CacheBlend once the worker role has made its own."""
         self._shared = shared
         self._engine = shared.engine
@@ -47,7 +50,7 @@ class SchedulerSide:
         last token is always left for vLLM: it gives the first logits.
         """
         tracker = self._tracker(request)
-        if tracker.skip_load or self._engine.gpu_connector is None or request.request_id in self._shared.failed_loads:
+        if tracker.skip_load or not self._shared.serves or request.request_id in self._shared.failed_loads:
             return 0
         if not self._look_up(tracker):
             return None
@@ -76,7 +79,7 @@ class SchedulerSide:
         if scheduling is None or tracker.blend is None or exact_tokens >= tracker.request.num_tokens - 1:
             return False
         try:
-            namespace = self._engine.namespace(lora=tracker.lora, cache_salt=tracker.cache_salt, paged=True).id
+            namespace = self._engine.namespace(lora=tracker.lora, cache_salt=tracker.cache_salt, paged=True)
             if not scheduling.look_up(tracker.blend, tracker.request, exact_tokens, namespace) and self._may_wait(
                 tracker
             ):
@@ -91,7 +94,7 @@ class SchedulerSide:
 
     def _blend_scheduling(self) -> BlendScheduling | None:
         """Made once, when the worker role has found that the model can be blended."""
-        if self._make_scheduling is not None and self._shared.blender is not None:
+        if self._make_scheduling is not None and self._shared.blends:
             make, self._make_scheduling = self._make_scheduling, None
             try:
                 self._shared.blend_scheduling = make()
@@ -151,6 +154,7 @@ class SchedulerSide:
         if tracker is None:
             return None
         tracker.drop_lease()
+        self._shared.settle(req_id)
         tracker.blend_report = self._shared.blend_reports.pop(req_id, None)
         if tracker.blend is not None and tracker.blend_report is not None:
             waited = {"find": tracker.blend.find_seconds, "wait": tracker.blend.wait_seconds}
@@ -247,15 +251,16 @@ class SchedulerSide:
         """Pass the lease to the worker role. A promise without one (it cannot be) becomes a failed load there."""
         request = tracker.request
         end, tracker.external_tokens = tracker.local_tokens + tracker.external_tokens, 0
+        name = ""
         if (lease := tracker.take_lease()) is not None:
-            self._shared.handed_over[request.request_id] = lease
+            name = self._shared.hand_over(request.request_id, lease)
             # The promise leaves the last token of a full hit to vLLM; its slot exists, so whole pages can be copied.
             end = lease.num_tokens
             if request.num_preemptions == 0:
                 tracker.reused_tokens = min(end, request.num_tokens - 1) - tracker.local_tokens
                 tracker.tiers = lease.tokens_by_tier(tracker.local_tokens)
         return LoadOp(
-            request.request_id, request.all_token_ids[:end], tracker.local_tokens, end, list(tracker.block_ids)
+            request.request_id, request.all_token_ids[:end], tracker.local_tokens, end, list(tracker.block_ids), name
         )
 
     def _hand_over_blend(self, meta: LMCacheConnectorMetadata, tracker: RequestTracker) -> None:
@@ -270,8 +275,8 @@ class SchedulerSide:
         else:
             tracker.drop_lease()
         tracker.external_tokens = 0
-        self._shared.prepared_blends[request.request_id] = prepared
-        meta.blends.append(BlendOp(request.request_id, prepared.exact_tokens, list(tracker.block_ids)))
+        op = BlendOp(request.request_id, prepared.exact_tokens, list(tracker.block_ids))
+        meta.blends.append(self._shared.hand_over_blend(op, prepared, request.kv_transfer_params or {}))
         if request.num_preemptions == 0:
             tracker.passage_tokens = prepared.reused_tokens
             tracker.passage_tiers = prepared.tokens_by_tier()

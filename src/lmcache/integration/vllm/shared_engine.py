@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lmcache.blend.passage_lease import PassageLease
 from lmcache.cache_engine import LMCacheEngine
 from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.vllm.background_loads import BackgroundLoads
 from lmcache.integration.vllm.blend.blender import Blender
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling, PreparedBlend
+from lmcache.integration.vllm.connector_metadata import BlendOp
 from lmcache.integration.vllm.deferred_release import DeferredReleases
 from lmcache.integration.vllm.model_identity import engine_metadata
+from lmcache.integration.vllm.parallel.placement import reason_against, share_of_rank
+from lmcache.integration.vllm.parallel.ranked_lease import RankedLease
 from lmcache.integration.vllm.pending_saves import PendingSaves
 from lmcache.lease import PrefixLease
 from lmcache.manager import LMCacheManager
@@ -33,14 +39,15 @@ class UnsupportedSetupError(RuntimeError):
 
 @dataclass
 class SharedEngine:
-    """One per vLLM engine.
+    """One per vLLM engine, or, where scheduler and ranks are processes of their own, one per rank.
 
-    ``handed_over`` carries a request's lease from the role that took it to the role that loads; ``failed_loads`` tells
-    the way back which requests got nothing after all. So do ``prepared_blends`` and ``blend_reports``; ``blender`` is
-    there once the worker role has found that the model can be blended.
+    ``handed_over`` carries a lease from the role that took it to the role that loads, by the name that
+    :meth:`hand_over` gave it; ``failed_loads`` tells the way back which requests got nothing after all. So do
+    ``prepared_blends`` and ``blend_reports``; ``held_passages`` waits for blends that another process prepares.
+    ``blender`` is there once the worker role has found that the model can be blended.
 
     Both roles :meth:`acquire` it by the engine id that vLLM gives them; when the last one lets go, or at exit, saves
-    under way are finished and everything is closed.
+    under way are finished and everything is closed, ``companions`` first.
     """
 
     manager: LMCacheManager
@@ -49,10 +56,12 @@ class SharedEngine:
     releases: DeferredReleases = field(default_factory=DeferredReleases)
     handed_over: dict[str, PrefixLease] = field(default_factory=dict)
     failed_loads: set[str] = field(default_factory=set)
+    held_passages: dict[str, PassageLease] = field(default_factory=dict)
     blender: Blender | None = None
     blend_scheduling: BlendScheduling | None = None
     prepared_blends: dict[str, PreparedBlend] = field(default_factory=dict)
     blend_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    companions: ExitStack = field(default_factory=ExitStack)
     _holders: int = 0
 
     _live: ClassVar[dict[str, SharedEngine]] = {}
@@ -61,6 +70,30 @@ class SharedEngine:
     @property
     def engine(self) -> LMCacheEngine:
         return self.manager.engine
+
+    @property
+    def serves(self) -> bool:
+        """Whether the worker role knows its pages and can use them."""
+        return self.engine.gpu_connector is not None
+
+    @property
+    def blends(self) -> bool:
+        """Whether the worker role can blend its model."""
+        return self.blender is not None
+
+    def hand_over(self, req_id: str, lease: PrefixLease | RankedLease) -> str:
+        """The worker role may load what ``lease`` holds; its name there."""
+        assert isinstance(lease, PrefixLease)
+        self.handed_over[req_id] = lease
+        return req_id
+
+    def hand_over_blend(self, op: BlendOp, prepared: PreparedBlend, params: Mapping[str, Any]) -> BlendOp:
+        """The worker role may do ``op``, for a request that came with ``params``; what to tell it."""
+        self.prepared_blends[op.req_id] = prepared
+        return op
+
+    def settle(self, req_id: str) -> None:
+        """``req_id`` has ended. The worker role has told what became of it already."""
 
     @property
     def config(self) -> LMCacheEngineConfig:
@@ -75,19 +108,20 @@ class SharedEngine:
         """The engine of this ``vllm_config``, built on first use, and the name to :meth:`release` it by.
 
         Raises:
-            UnsupportedSetupError: the roles do not live in one process, or the model's KV is not full attention's.
+            UnsupportedSetupError: the ranks are where they cannot be served, or the model's KV is not full attention's.
             ValueError: the configuration is wrong (names the key, the value and where it came from).
         """
         configure_for_engine()
-        _refuse_split_roles(vllm_config)
-        _refuse_partial_kv(kv_cache_config)
+        refuse_unsupported(vllm_config, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         name = str(transfer.engine_id)
         with cls._lock:
             if name not in cls._live:
                 if not cls._live:
                     cls._close_at_exit()
+                parallel = vllm_config.parallel_config
                 config = LMCacheEngineConfig.load(engine_overrides=transfer.kv_connector_extra_config)
+                config = share_of_rank(config, parallel.rank, parallel.world_size)
                 cls._live[name] = cls(LMCacheManager(config, engine_metadata(vllm_config, config.chunk_size)))
             shared = cls._live[name]
             shared._holders += 1
@@ -107,12 +141,16 @@ class SharedEngine:
         shared.close()
 
     def close(self) -> None:
+        self.companions.close()
         self.loads.close()
         self.saves.close()
         self.releases.close()
         for lease in self.handed_over.values():
             lease.release()
         self.handed_over.clear()
+        for passages in self.held_passages.values():
+            passages.release()
+        self.held_passages.clear()
         for prepared in self.prepared_blends.values():
             prepared.lease.release()
         self.prepared_blends.clear()
@@ -134,18 +172,13 @@ class SharedEngine:
             shared.close()
 
 
-def _refuse_split_roles(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
-    if parallel.world_size > 1:
-        raise UnsupportedSetupError(
-            f"tensor × pipeline parallel size is {parallel.world_size}: only 1 is supported so far, "
-            "because scheduler and workers must share one process"
-        )
-    if parallel.distributed_executor_backend not in (None, "uni"):
-        raise UnsupportedSetupError(
-            f"--distributed-executor-backend {parallel.distributed_executor_backend}: only 'uni' is supported so far, "
-            "because scheduler and worker must share one process (on a CPU set VLLM_ENABLE_V1_MULTIPROCESSING=0)"
-        )
+def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Raises:
+    UnsupportedSetupError: see :meth:`SharedEngine.acquire`.
+    """
+    if (reason := reason_against(vllm_config)) is not None:
+        raise UnsupportedSetupError(reason)
+    _refuse_partial_kv(kv_cache_config)
 
 
 def _refuse_partial_kv(kv_cache_config: KVCacheConfig) -> None:

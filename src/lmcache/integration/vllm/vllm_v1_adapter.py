@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from lmcache.integration.vllm.blend.make_scheduling import make_scheduling
 from lmcache.integration.vllm.connector_metadata import LMCacheConnectorMetadata
+from lmcache.integration.vllm.parallel.agreement import TensorParallelAgreement
+from lmcache.integration.vllm.parallel.placement import roles_share_a_process
+from lmcache.integration.vllm.parallel.rank_service import RankService
+from lmcache.integration.vllm.parallel.ranked_cache import RankedCache
 from lmcache.integration.vllm.scheduler_side import SchedulerSide
-from lmcache.integration.vllm.shared_engine import SharedEngine, UnsupportedSetupError
+from lmcache.integration.vllm.shared_engine import SharedEngine, UnsupportedSetupError, refuse_unsupported
 from lmcache.integration.vllm.worker_side import WorkerSide
 from lmcache.observability.events import CacheStoreEvent
 from lmcache.observability.logging import init_logger
@@ -45,21 +49,29 @@ class LMCacheConnectorV1Impl:
         self._parent = weakref.proxy(parent)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        self._shared: SharedEngine | None = None
+        self._ranks: RankedCache | None = None
         # A load that fails must be computed, not answered with an error (vLLM's default).
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+        self._release: Callable[[], object] | None = None
+        apart = not roles_share_a_process(vllm_config)
         try:
+            if apart and role == KVConnectorRole.SCHEDULER:
+                refuse_unsupported(vllm_config, parent._kv_cache_config)
+                self._ranks = RankedCache(vllm_config)
+                self._scheduler = SchedulerSide(self._ranks, partial(make_scheduling, self._ranks, vllm_config))
+                return
             name, shared = SharedEngine.acquire(vllm_config, parent._kv_cache_config)
         except UnsupportedSetupError as reason:
             logger.error("The KV cache stays off: %s", reason)
             return
         # The built-in wrapper passes no shutdown on: whoever drops the connector drops its engine.
         self._release = weakref.finalize(self, SharedEngine.release, name)
-        self._shared = shared
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(shared, partial(make_scheduling, shared, vllm_config))
-        else:
-            self._worker = WorkerSide(shared, vllm_config)
+            return
+        if apart:
+            RankService.start(shared, vllm_config)
+        self._worker = WorkerSide(shared, vllm_config, TensorParallelAgreement.of_vllm() if apart else None)
 
     # Worker role, in the order of a step
 
@@ -120,7 +132,10 @@ class LMCacheConnectorV1Impl:
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         if self._scheduler is None:
             return LMCacheConnectorMetadata()
-        return self._scheduler.build_connector_meta(scheduler_output)
+        meta = self._scheduler.build_connector_meta(scheduler_output)
+        if self._ranks is not None:
+            self._ranks.planned(meta)
+        return meta
 
     def load_is_asynchronous(self, request: Request) -> bool:
         """Whether the load of what was just promised may run beside the forward."""
@@ -141,5 +156,7 @@ class LMCacheConnectorV1Impl:
     def shutdown(self) -> None:
         if self._scheduler is not None:
             self._scheduler.close()
-        if self._shared is not None:
+        if self._ranks is not None:
+            self._ranks.close()
+        if self._release is not None:
             self._release()

@@ -26,9 +26,11 @@ from lmcache.integration.vllm.connector_metadata import (
 )
 from lmcache.integration.vllm.deferred_release import Releasable
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
+from lmcache.integration.vllm.parallel.agreement import TensorParallelAgreement
+from lmcache.integration.vllm.parallel.planned_blends import take_blend
 from lmcache.integration.vllm.prometheus import LMCacheStats
 from lmcache.integration.vllm.shared_engine import SharedEngine
-from lmcache.keys import token_array
+from lmcache.keys import PrefixKey, token_array
 from lmcache.observability.events import CacheStoreEvent
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
@@ -48,13 +50,18 @@ logger = init_logger(__name__)
 class WorkerSide:
     """Runs one step's :class:`LMCacheConnectorMetadata`: loads before the forward, saves after it."""
 
-    def __init__(self, shared: SharedEngine, vllm_config: VllmConfig) -> None:
+    def __init__(
+        self, shared: SharedEngine, vllm_config: VllmConfig, agreement: TensorParallelAgreement | None = None
+    ) -> None:
+        """``agreement``: with the other ranks, where there are any."""
         self._shared = shared
+        self._agreement = agreement
         self._engine = shared.engine
         self._vllm_config = vllm_config
         self._block_size: int = vllm_config.cache_config.block_size
         self._device = torch.device("cpu")
         self._meta: LMCacheConnectorMetadata | None = None
+        self._blend_defaults: BlendDefaults | None = None
         self._layerwise = LayerwiseLoads(self._load_failed)
         self._lock = threading.Lock()
         self._failed_blocks: set[int] = set()
@@ -85,7 +92,8 @@ class WorkerSide:
         try:
             self._shared.blender = Blender.find(self._vllm_config, connector, layer_names)
             logger.info("CacheBlend is on: policy %s", self._shared.config.blend_policy)
-            usual = BlendDefaults(self._shared.config).for_request({})
+            self._blend_defaults = BlendDefaults(self._shared.config)
+            usual = self._blend_defaults.for_request({})
             self._shared.blender.warm_up(usual.policy, usual.corrector)
         except UnsupportedModelError as error:
             self.metrics.blend_fallback("unsupported_model")
@@ -125,6 +133,8 @@ class WorkerSide:
         if meta.preempted:
             # Their blocks may belong to someone else in this very step.
             self._shared.saves.wait(meta.preempted)
+        for req_id in meta.delayed_frees:
+            self._shared.saves.free_when_done(req_id)
 
     @never_raise(lambda: None)
     def start_load_kv(self, meta: LMCacheConnectorMetadata) -> None:
@@ -148,7 +158,11 @@ class WorkerSide:
         """Queue this step's saves. They read the pages while the next step runs."""
         self._layerwise.finish()
         meta, self._meta = self._meta, None
-        if meta is None or not (meta.saves or meta.segment_saves):
+        if meta is None:
+            return
+        if self._agreement is not None and (meta.loads or meta.blends):
+            self._fail_together(self._agreement, [*meta.loads, *map(self._as_load, meta.blends)])
+        if not (meta.saves or meta.segment_saves):
             return
         written = self._queued_work()
         with self._lock:
@@ -186,9 +200,17 @@ class WorkerSide:
         stats, self._counted = LMCacheStats.since(self._counted, self.metrics)
         return None if stats.is_empty() else stats
 
+    def _fail_together(self, agreement: TensorParallelAgreement, loads: list[LoadOp]) -> None:
+        """What another rank could not load is lost here too: this forward has added up what all of them computed."""
+        failed = self._shared.failed_loads
+        for load, lost in zip(loads, agreement.any_rank([load.req_id in failed for load in loads]), strict=True):
+            if lost and load.req_id not in failed:
+                self._shared.blend_reports.pop(load.req_id, None)
+                self._give_up(load)
+
     def _load(self, op: LoadOp, *, layerwise: bool = False, asynchronous: bool = False) -> None:
         """Fill the pages of ``op``: queue it on the device, or, ``asynchronous``, see it done."""
-        lease = self._shared.handed_over.pop(op.req_id, None)
+        lease = self._shared.handed_over.pop(op.lease, None)
         try:
             if lease is None:
                 raise RuntimeError(f"nothing was handed over for request {op.req_id}")
@@ -221,14 +243,11 @@ class WorkerSide:
 
     def _blend(self, ops: list[BlendOp]) -> None:
         """Fill the pages of ``ops``; one that fails is computed by vLLM, as after a load that failed."""
-        prepared = {op.req_id: self._shared.prepared_blends.pop(op.req_id) for op in ops}
-        with self._lock:
-            failed_blocks = set(self._failed_blocks)  # of a prefix that another request has loaded, too
+        prepared = self._prepared(ops)
         try:
             requests = [
                 PagedRequest(op.req_id, prepared[op.req_id], self._slots_of(op, prepared[op.req_id]))
-                for op in ops
-                if op.req_id not in self._shared.failed_loads and failed_blocks.isdisjoint(op.block_ids)
+                for op in self._possible(ops, prepared)
             ]
             blender = self._shared.blender
             assert blender is not None
@@ -244,9 +263,37 @@ class WorkerSide:
                 self._count_blend(op.req_id, prepared[op.req_id], outcome)
                 continue
             self.metrics.blend_fallback("error" if outcome is not None else "prefix_load")
-            num_tokens = len(prepared[op.req_id].token_ids)
-            failed = LoadOp(op.req_id, [], op.exact_tokens, num_tokens - 1, op.block_ids)
-            self._load_failed(failed, outcome or RuntimeError("the prefix in front of a blend could not be loaded"))
+            self._load_failed(
+                self._as_load(op), outcome or RuntimeError("the prefix in front of a blend could not be loaded")
+            )
+
+    def _prepared(self, ops: list[BlendOp]) -> dict[str, PreparedBlend]:
+        """By request. One that is missing has lost what it was promised."""
+        prepared: dict[str, PreparedBlend] = {}
+        for op in ops:
+            try:
+                prepared[op.req_id] = take_blend(self._shared, self._blend_defaults, op)
+            except Exception as error:  # noqa: PERF203 - each request's fault is its own
+                report_failure(self.metrics, "prepare_blend", error)
+        return prepared
+
+    def _possible(self, ops: list[BlendOp], prepared: dict[str, PreparedBlend]) -> list[BlendOp]:
+        """Those whose passages are held and whose prefix is in place, in every rank: their forwards are one."""
+        with self._lock:
+            failed_blocks = set(self._failed_blocks)  # of a prefix that another request has loaded, too
+        lost = [
+            op.req_id not in prepared
+            or op.req_id in self._shared.failed_loads
+            or not failed_blocks.isdisjoint(op.block_ids)
+            for op in ops
+        ]
+        if self._agreement is not None:
+            lost = self._agreement.any_rank(lost)
+        return [op for op, is_lost in zip(ops, lost, strict=True) if not is_lost]
+
+    def _as_load(self, op: BlendOp) -> LoadOp:
+        """The blocks that ``op`` was to fill."""
+        return LoadOp(op.req_id, [], op.exact_tokens, len(op.block_ids) * self._block_size, op.block_ids)
 
     def _slots_of(self, op: BlendOp, prepared: PreparedBlend) -> torch.Tensor:
         return self._slot_mapping(op.block_ids, len(prepared.token_ids), first=0)
@@ -263,31 +310,53 @@ class WorkerSide:
             report_failure(self.metrics, "blend_report", error)
 
     def _load_failed(self, op: LoadOp, error: Exception) -> None:
+        self._give_up(op)
+        report_failure(self.metrics, "load", error)
+
+    def _give_up(self, op: LoadOp) -> None:
         with self._lock:
             self._failed_blocks.update(op.block_ids[op.start // self._block_size : -(-op.end // self._block_size)])
         self._shared.failed_loads.add(op.req_id)
-        report_failure(self.metrics, "load", error)
 
     def _save(self, op: SaveOp, written: Callable[[], None]) -> None:
         try:
             written()
             slots = self._slot_mapping(op.block_ids, len(op.token_ids), first=0)
             new = torch.arange(len(op.token_ids)) >= op.start
+            keys = self._of_this_shard(op)
             self._engine.store(
-                op.token_ids, mask=new, slot_mapping=slots, keys=op.keys, lora=op.lora, cache_salt=op.cache_salt
+                op.token_ids, mask=new, slot_mapping=slots, keys=keys, lora=op.lora, cache_salt=op.cache_salt
             )
             size, num_tokens = self._shared.config.chunk_size, len(op.token_ids)
-            chunks = cut(num_tokens, op.keys, size)[op.start // size :]
-            self._remember(SegmentRun(chunks, op.keys[op.start // size - 1] if op.start else None), op)
+            chunks = cut(num_tokens, keys, size)[op.start // size :]
+            self._remember(SegmentRun(chunks, keys[op.start // size - 1] if op.start else None), op)
         except Exception as error:
             report_failure(self.metrics, "save", error)
+
+    def _of_this_shard(self, op: SaveOp) -> list[PrefixKey]:
+        """The scheduler role names chunks as the first rank does."""
+        namespace = self._engine.namespace(lora=op.lora, cache_salt=op.cache_salt, paged=True)
+        if not op.keys or op.keys[0].namespace_id == namespace.id:
+            return op.keys
+        return [key.of_shard(namespace) for key in op.keys]
+
+    def _runs_of_this_shard(self, op: SegmentSaveOp) -> list[SegmentRun]:
+        namespace = self._engine.namespace(lora=op.lora, cache_salt=op.cache_salt, paged=True)
+        return [
+            SegmentRun(
+                [chunk._replace(key=chunk.key.of_shard(namespace)) for chunk in run.chunks],
+                None if run.before is None else run.before.of_shard(namespace),
+            )
+            for run in op.runs
+        ]
 
     def _save_segments(self, op: SegmentSaveOp, written: Callable[[], None]) -> None:
         try:
             written()
             slots = self._slot_mapping(op.block_ids, len(op.token_ids), first=0)
-            self._engine.store_chunks([chunk for run in op.runs for chunk in run.chunks], slots)
-            for run in op.runs:
+            runs = self._runs_of_this_shard(op)
+            self._engine.store_chunks([chunk for run in runs for chunk in run.chunks], slots)
+            for run in runs:
                 self._remember(run, op)
         except Exception as error:
             report_failure(self.metrics, "save_segments", error)

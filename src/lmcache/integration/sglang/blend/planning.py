@@ -14,7 +14,7 @@ import torch
 
 from lmcache.blend.coverage import Declined, choose_passages, covered
 from lmcache.blend.find_passages import FoundPassages, PassageFinder
-from lmcache.blend.passage_lease import HeldPassage
+from lmcache.blend.passage_lease import HeldPassage, PassageLease
 from lmcache.cache_engine import LMCacheEngine
 from lmcache.integration.blend.options import BlendDefaults, BlendOptions
 from lmcache.integration.guard import report_failure
@@ -49,7 +49,7 @@ class Wanted:
     token_ids: list[int]
     options: BlendOptions
     exact_tokens: int
-    found: FoundPassages
+    found: FoundPassages[PassageLease]
     resident: torch.Tensor
     unlock: Any
     seams: list[int]
@@ -175,7 +175,7 @@ class BlendPlanning:
         if len(resident) < exact_tokens:
             resident = resident[:0]
         exact = max(exact_tokens, len(resident))
-        namespace = self._engine.namespace(paged=True, cache_salt=lookup.cache_salt).id
+        namespace = self._engine.namespace(paged=True, cache_salt=lookup.cache_salt)
         self._finder.ask(tokens, exact, ranges, namespace).wait()
         found = self._finder.find(tokens, exact, ranges, namespace)
         return Wanted(req, tokens, options, exact, found, resident, unlock, seen.seams)

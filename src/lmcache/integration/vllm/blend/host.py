@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context, override_forward_context, set_forward_context
 
 from lmcache.blend.host import Attend
@@ -125,7 +127,8 @@ class VLLMHost:
     Args:
         prompts: int64 ``[N_i]`` each, on the CPU.
 
-    A forward gives the hidden states ``[prompts, hidden]`` of each prompt whose last row it was asked for.
+    A forward gives the hidden states ``[prompts, hidden]`` of each prompt whose last row it was asked for. Under tensor
+    parallelism a :class:`lmcache.blend.host.ShardedHost`: the model's own layers add up over the ranks.
     """
 
     def __init__(self, model: VLLMModel, prompts: Sequence[torch.Tensor]) -> None:
@@ -141,3 +144,11 @@ class VLLMHost:
         """See :class:`lmcache.blend.host.BlendHost`."""
         hidden = self._model.run(self._ids[rows], positions, attend)
         return hidden[torch.isin(rows, self._last_rows).to(hidden.device)]
+
+    def agreed_scores(self, scores: torch.Tensor, heads: Literal["mean", "max"]) -> torch.Tensor:
+        """See :class:`lmcache.blend.host.ShardedHost`."""
+        group = get_tp_group()
+        if group.world_size > 1:
+            op = dist.ReduceOp.MAX if heads == "max" else dist.ReduceOp.SUM
+            dist.all_reduce(scores, op=op, group=group.cpu_group)
+        return scores

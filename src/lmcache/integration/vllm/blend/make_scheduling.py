@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lmcache.blend.find_passages import PassageFinder
+from lmcache.blend.find_passages import PassageFinder, PromptCutter
 from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.blend.options import BlendDefaults
-from lmcache.integration.vllm.blend.scheduling import BlendScheduling
+from lmcache.integration.vllm.blend.scheduling import BlendScheduling, Finder
+from lmcache.integration.vllm.parallel.ranked_cache import RankedCache
 from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.segmentation.token_text import Tokenizer
 
@@ -15,17 +16,23 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def make_scheduling(shared: SharedEngine, vllm_config: VllmConfig) -> BlendScheduling | None:
+def make_scheduling(shared: SharedEngine | RankedCache, vllm_config: VllmConfig) -> BlendScheduling | None:
     """None when the configuration has CacheBlend off.
 
     Raises:
         ValueError: the configuration cannot work with this model.
     """
-    config, known = shared.config, shared.manager.passages
-    if known is None:
+    config = shared.config
+    if not config.enable_blending:
         return None
-    tokenizer, others = _tokenizer(config, vllm_config), shared.manager.shared_passages
-    finder = PassageFinder(shared.engine, known, config, tokenizer, others)
+    tokenizer = _tokenizer(config, vllm_config)
+    finder: Finder
+    if isinstance(shared, RankedCache):
+        finder = shared.make_finder(PromptCutter(config, tokenizer))
+    else:
+        manager = shared.manager
+        assert manager.passages is not None
+        finder = PassageFinder(shared.engine, manager.passages, config, tokenizer, manager.shared_passages)
     block_size = vllm_config.cache_config.block_size
     max_rows = vllm_config.scheduler_config.max_num_batched_tokens
     return BlendScheduling(finder, BlendDefaults(config), config, shared.metrics, block_size, max_rows)

@@ -6,16 +6,17 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.request import RequestStatus
 
 from lmcache.blend.coverage import Declined, choose_passages, covered, holes
-from lmcache.blend.find_passages import FoundPassages, PassageFinder, Range
-from lmcache.blend.passage_lease import HeldPassage, PassageLease
+from lmcache.blend.find_passages import FoundPassages, Range
+from lmcache.blend.passage_lease import HeldPassage, PassageHold
 from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.blend.options import BlendDefaults, BlendOptions
 from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
+from lmcache.keys import Namespace
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.observability.metrics import Metrics
 from lmcache.storage.inquiry import Inquiry
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
+class Finder(Protocol):
+    """A :class:`lmcache.blend.find_passages.PassageFinder`, here or in other processes."""
+
+    def ranges(self, tokens: list[int], segments: Any) -> list[Range] | None: ...
+
+    def ask(self, tokens: list[int], start: int, ranges: list[Range] | None, namespace: Namespace) -> Inquiry: ...
+
+    def find(
+        self, tokens: list[int], start: int, ranges: list[Range] | None, namespace: Namespace
+    ) -> FoundPassages[Any]: ...
+
+
 @dataclass
 class PreparedBlend:
     """A promise to the scheduler: the worker role fills the pages behind ``exact_tokens`` up to the last token."""
@@ -33,7 +46,7 @@ class PreparedBlend:
     token_ids: list[int]
     exact_tokens: int
     passages: list[HeldPassage]
-    lease: PassageLease
+    lease: PassageHold
     options: BlendOptions
 
     @property
@@ -68,7 +81,7 @@ class RequestBlend:
     inquiry: Inquiry | None = None
     """What other servers were asked before the cache was searched."""
     asked_for: tuple[int, int] = (-1, -1)
-    found: FoundPassages | None = None
+    found: FoundPassages[Any] | None = None
     found_for: tuple[int, int] = (-1, -1)
     prepared: PreparedBlend | None = None
     exact_tokens: int | None = None
@@ -102,7 +115,7 @@ class BlendScheduling:
 
     def __init__(
         self,
-        finder: PassageFinder,
+        finder: Finder,
         defaults: BlendDefaults,
         config: LMCacheEngineConfig,
         metrics: Metrics,
@@ -136,7 +149,7 @@ class BlendScheduling:
         except ValueError as error:
             return self._fallen_back(RequestBlend(None), "bad_request", str(error))
 
-    def look_up(self, blend: RequestBlend, request: Request, exact_tokens: int, namespace: bytes) -> bool:
+    def look_up(self, blend: RequestBlend, request: Request, exact_tokens: int, namespace: Namespace) -> bool:
         """Start to look for what stands behind ``exact_tokens``; whether all reads have ended."""
         if blend.options is None:
             return True
@@ -155,7 +168,7 @@ class BlendScheduling:
             blend.find_seconds = time.perf_counter() - start
             blend.asked_at = time.monotonic()
         assert blend.found is not None
-        return blend.found.lease.ready()
+        return bool(blend.found.lease.ready())
 
     def prefix_in_flight(self, request: Request, local_tokens: int, others: Iterable[Request]) -> bool:
         """Whether one of ``others`` computes some of the first ``local_tokens`` in this very step.

@@ -28,8 +28,6 @@ def check_served(model: nn.Module, vllm_config: VllmConfig) -> None:
         reason = "it is an encoder-decoder"
     elif vllm_config.lora_config is not None:
         reason = "LoRA is on, and vLLM sets the adapter of each row for its own forward only"
-    elif parallel.tensor_parallel_size > 1:
-        reason = "under tensor parallelism each rank would choose tokens by its own heads"
     elif parallel.pipeline_parallel_size > 1:
         reason = "under pipeline parallelism no rank has all layers"
     elif parallel.data_parallel_size > 1 and parallel.is_moe_model is not False:

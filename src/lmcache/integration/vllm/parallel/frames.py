@@ -1,0 +1,46 @@
+"""Messages over a stream socket: four bytes of length, little-endian, and so many bytes of msgpack."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+_LENGTH = struct.Struct("<I")
+
+MAX_FRAME_BYTES = 64 << 20
+"""A prompt of a million tokens, as token ids, takes 5 MB."""
+
+
+class ConnectionLostError(ConnectionError):
+    """The other side is gone, or does not speak our protocol."""
+
+
+def send_frame(connection: socket.socket, payload: bytes) -> None:
+    """Raises:
+    OSError: the other side is gone, or took nothing within the socket's timeout.
+    """
+    connection.sendall(_LENGTH.pack(len(payload)) + payload)
+
+
+def receive_frame(connection: socket.socket) -> bytes:
+    """The next payload.
+
+    Raises:
+        ConnectionLostError: the stream has ended, or the frame is larger than any of ours.
+        TimeoutError: nothing came within the socket's timeout. Part of a frame may have been read then: the connection
+            is of no further use.
+    """
+    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
+    if length > MAX_FRAME_BYTES:
+        raise ConnectionLostError(f"a frame of {length} bytes, at most {MAX_FRAME_BYTES} are allowed")
+    return _exactly(connection, length)
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = connection.recv(min(size - len(data), 1 << 20))
+        if not part:
+            raise ConnectionLostError("the other side has closed the connection")
+        data += part
+    return bytes(data)
