@@ -73,6 +73,13 @@ class EngineServer:
             self._process.wait()
             self._process = None
 
+    def kill(self) -> None:
+        """As the out-of-memory killer does, with all its children. Idempotent."""
+        if self._process is not None:
+            _kill_session(self._process.pid)
+            self._process.wait()
+            self._process = None
+
     def wait_until_ready(self, show: Callable[[str], None], timeout: float = 600) -> float:
         """Seconds until the server answered. ``show`` gets the last line of its log now and then.
 

@@ -32,7 +32,7 @@ class RedisServer:
         found = shutil.which(program)
         if found is None:
             raise RedisMissingError(f"{program} is needed; on Debian: apt-get install redis-server")
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self.socket = folder / "redis.sock"
         self._log = folder / "redis.log"
@@ -106,7 +106,7 @@ class RedisServer:
         self.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     # A cluster's nodes also use the port 10,000 above.
     while True:
         port = random.randrange(20_000, 45_000)

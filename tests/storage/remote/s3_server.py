@@ -15,7 +15,7 @@ from types import TracebackType
 import httpx
 from typing_extensions import Self
 
-from demo.fleet.redis_server import _free_port as free_port
+from demo.fleet.redis_server import free_port
 
 ACCESS_KEY, SECRET_KEY = "someone", "a-secret-of-tests"
 
