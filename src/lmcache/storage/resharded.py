@@ -40,15 +40,15 @@ class _Recipe:
 
 
 def recipes(own: Shard, sources: Sequence[ShardSource]) -> list[_Recipe]:
-    """The ways to make chunks of ``own`` out of those of other shards, those with the fewest reads first.
+    """The ways to make chunks of ``own`` out of those of ``sources``, those with the fewest reads first.
 
-    Only sizes of which one divides the other go together.
+    Only sizes of which one divides the other go together. Equal shards too may lie elsewhere: where ranks share heads.
     """
     found: list[_Recipe] = []
     stage = (own.pp_rank, own.pp_size)
     by_size: dict[int, dict[int, ShardSource]] = {}
     for source in sources:
-        if (source.shard.pp_rank, source.shard.pp_size) == stage and source.shard.tp_size != own.tp_size:
+        if (source.shard.pp_rank, source.shard.pp_size) == stage:
             by_size.setdefault(source.shard.tp_size, {})[source.shard.tp_rank] = source
     for size, ranks in sorted(by_size.items()):
         if own.tp_size % size == 0:

@@ -21,7 +21,7 @@ from lmcache.storage.policies.interface import EvictionPolicy
 logger = init_logger(__name__)
 
 _NAME = re.compile(r"rank-(\d{1,3})-of-(\d{1,3})")
-_LOCK_SECONDS = 5.0
+_LOCK_SECONDS = 2.0
 
 
 class RankDirectory(NamedTuple):
