@@ -19,8 +19,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
-from typing import TypeAlias, TypeVar
+from functools import cached_property, partial, reduce
+from operator import xor
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -59,6 +60,10 @@ class _Key(bytes):
         """The key of the same tokens in ``namespace``, which differs from this key's in its shard alone."""
         return type(self)(namespace.id + self.digest)
 
+    def moved(self: _KeyT, shard: Shard, other: Shard) -> _KeyT:
+        """The key of the same tokens in the shard ``other``, for a key of ``shard``."""
+        return type(self)(_xor(self.namespace_id, shard.code, other.code) + self.digest)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.namespace_id.hex()[:8]}…:{self.digest.hex()[:12]}…)"
 
@@ -76,6 +81,38 @@ class SegmentKey(_Key):
 
 
 CacheKey: TypeAlias = "PrefixKey | SegmentKey"
+
+
+class Shard(NamedTuple):
+    """Part ``tp_rank`` of ``tp_size`` equal parts of the KV heads, stage ``pp_rank`` of ``pp_size`` of the layers."""
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+
+    @classmethod
+    def of_heads(cls, tp_rank: int, tp_size: int, num_kv_heads: int) -> Shard:
+        """What a rank has of ``num_kv_heads`` heads in all. Where there are more ranks than heads (MLA has one), some
+        have the same."""
+        parts = min(tp_size, num_kv_heads)
+        return cls(tp_rank * parts // tp_size, parts)
+
+    @property
+    def code(self) -> bytes:
+        """As long as a namespace's id; zeros for a whole model.
+
+        Raises:
+            ValueError: there are more than 256 ranks of a kind.
+        """
+        try:
+            return bytes((self.tp_rank, self.tp_size - 1, self.pp_rank, self.pp_size - 1)).rjust(NAMESPACE_BYTES, b"\0")
+        except ValueError:
+            raise ValueError(f"{self}: a rank is 0 … size − 1, and a size is 1 … 256") from None
+
+
+def _xor(*rows: bytes) -> bytes:
+    return bytes(reduce(xor, column) for column in zip(*rows, strict=True))
 
 
 @dataclass(frozen=True)
@@ -108,10 +145,19 @@ class Namespace:
         fields = {name: str(value).encode("utf-8", "surrogatepass") for name, value in asdict(self).items()}
         return blake3(msgspec.msgpack.encode(fields, order="sorted")).digest()
 
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.tp_rank, self.tp_size, self.pp_rank, self.pp_size)
+
     @cached_property
     def id(self) -> bytes:
-        """16 bytes that stand in front of every key of this namespace."""
-        return self._root[:NAMESPACE_BYTES]
+        """16 bytes that stand in front of every key of this namespace: its model's, with its shard woven in, so that
+        who knows the shard also knows the id of any other.
+
+        Raises:
+            ValueError: there are more than 256 ranks of a kind.
+        """
+        return _xor(self._model_root[:NAMESPACE_BYTES], self.shard.code)
 
     @cached_property
     def _model_root(self) -> bytes:

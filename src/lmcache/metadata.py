@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lmcache.keys import Namespace
+from lmcache.keys import Namespace, Shard
 
 TOKEN_MAJOR = "token-major-1"
 """Host layout ``[layer][K|V][token][head][dim]``, version 1: a layer's share is one contiguous piece."""
@@ -19,7 +19,8 @@ class LMCacheEngineMetadata:
     ``kv_shape`` is ``(layers, 2, chunk_size, kv_heads, head_dim)`` of this process's shard; for MLA the second
     number is 1 and there is one "head" of ``latent + rope`` dims. ``world_size`` and ``worker_id`` count over
     tensor and pipeline parallelism together. ``fmt`` is the layout of blobs on the tensor path: "vllm" is
-    ``[L, 2, T, H, D]``, "huggingface" is ``[L, 2, H, T, D]``.
+    ``[L, 2, T, H, D]``, "huggingface" is ``[L, 2, H, T, D]``. ``tp_rank`` and ``tp_size`` say which part of the KV
+    heads the shard has: where ranks share heads, they are those of :meth:`lmcache.keys.Shard.of_heads`.
     """
 
     model_name: str
@@ -54,6 +55,15 @@ class LMCacheEngineMetadata:
     def bytes_per_token(self) -> int:
         layers, planes, _, heads, dim = self.kv_shape
         return layers * planes * heads * dim * self.kv_dtype.itemsize
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.tp_rank, self.tp_size, self.pp_rank, self.pp_size)
+
+    @property
+    def total_kv_heads(self) -> int:
+        """Of the whole model; 1 for MLA."""
+        return 1 if self.use_mla else self.kv_shape[3] * self.tp_size
 
     def namespace(self, layout: str = TOKEN_MAJOR, *, lora: str = "", cache_salt: str = "") -> Namespace:
         """The key namespace of this shard's KV held in ``layout``."""

@@ -37,8 +37,8 @@ class TieredStorage:
     """Host memory first, then slower tiers in the given order. Thread-safe; a fault of a tier is a miss, never raised.
 
     What is put goes to memory at once and to every slower tier when that gets to it. What is read from a slower tier
-    stays in memory, and goes to the tiers between. With ``keep_in_memory=False`` host memory only stages what moves to
-    and from the slower tiers.
+    stays in memory, and goes to the tiers between. ``sources`` are looked in last, and nothing is put there. With
+    ``keep_in_memory=False`` host memory only stages what moves to and from the slower tiers.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class TieredStorage:
         memory: LocalCPUTier,
         slower: Sequence[StorageTier] = (),
         *,
+        sources: Sequence[StorageTier] = (),
         keep_in_memory: bool = True,
         metrics: Metrics | None = None,
     ) -> None:
@@ -53,6 +54,7 @@ class TieredStorage:
         self.metrics = metrics or Metrics()
         self._slower = tuple(slower)
         self._keeping: tuple[StorageTier, ...] = (memory, *self._slower) if keep_in_memory else self._slower
+        self._sources = tuple(sources)
         self._keep_in_memory = keep_in_memory
         # Those that do not know what they hold without asking their medium.
         self._asked = tuple(tier for tier in self._slower if tier.must_ask)
@@ -71,7 +73,7 @@ class TieredStorage:
         """
         if self._closed:
             return []
-        probes = [(tier, tier.contains) for tier in self._keeping]
+        probes = [(tier, tier.contains) for tier in (*self._keeping, *self._sources)]
         hits: list[StorageTier] = []
         try:
             for key in keys:
@@ -225,7 +227,7 @@ class TieredStorage:
         holds an object keeps it); returns how many entries went, each tier's counted."""
         with self._lock:
             self._clears += 1
-        return sum(self._attempt("clear", partial(_clear, tier), 0) for tier in self._keeping)
+        return sum(self._attempt("clear", partial(_clear, tier), 0) for tier in (*self._keeping, *self._sources))
 
     # The whole
 
@@ -240,14 +242,14 @@ class TieredStorage:
 
     def stats(self) -> dict[str, TierStats]:
         """What each tier counts, by its name, fastest first."""
-        return {tier.name: tier.stats() for tier in (self.memory, *self._slower)}
+        return {tier.name: tier.stats() for tier in (self.memory, *self._slower, *self._sources)}
 
     def close(self) -> None:
         """Write what is queued, give everything back. Slow tiers first: they hold host memory. Idempotent."""
         with self._lock:
             self._closed = True
             self._pins.clear()
-        for tier in (*reversed(self._slower), self.memory):
+        for tier in (*self._sources, *reversed(self._slower), self.memory):
             self._attempt(f"{tier.name}_close", tier.close, None)
 
     def _attempt(self, what: str, call: Callable[[], T], fallback: T) -> T:

@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from lmcache.integration.model_identity import fingerprint, model_identity
+from lmcache.keys import Shard
 from lmcache.metadata import LMCacheEngineMetadata
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def engine_metadata(vllm_config: VllmConfig, chunk_size: int) -> LMCacheEngineMe
         kv_dtype=kv_dtype,
         quantization=model.quantization,
     )
-    head_shard, head_shards = _head_shard(
+    shard = Shard.of_heads(
         parallel.rank % parallel.tensor_parallel_size,
         parallel.tensor_parallel_size,
         1 if use_mla else model.get_total_num_kv_heads(),
@@ -52,20 +53,11 @@ def engine_metadata(vllm_config: VllmConfig, chunk_size: int) -> LMCacheEngineMe
             model.get_head_size(),
         ),
         use_mla=use_mla,
-        tp_rank=head_shard,
-        tp_size=head_shards,
+        tp_rank=shard.tp_rank,
+        tp_size=shard.tp_size,
         pp_rank=parallel.rank // parallel.tensor_parallel_size,
         pp_size=parallel.pipeline_parallel_size,
     )
-
-
-def _head_shard(tp_rank: int, tp_size: int, num_kv_heads: int) -> tuple[int, int]:
-    """Which part of the KV heads a rank has, and how many parts there are.
-
-    Where there are more ranks than KV heads (MLA counts as one), several ranks keep the same head.
-    """
-    parts = min(tp_size, num_kv_heads)
-    return tp_rank * parts // tp_size, parts
 
 
 def lora_identity(lora: LoRARequest | None) -> str:

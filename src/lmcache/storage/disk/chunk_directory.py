@@ -40,6 +40,15 @@ class ChunkDirectory:
             leftover.unlink()
         self.direct = supports_direct_io(self._tmp)
 
+    @classmethod
+    def to_read(cls, root: Path) -> ChunkDirectory:
+        """Nothing is made or removed; only :meth:`read` may be called."""
+        directory = cls.__new__(cls)
+        directory._root = root
+        directory._tmp = root / "tmp"
+        directory.direct = False
+        return directory
+
     def write(self, file_id: int, key: CacheKey, obj: MemoryObj, *, fsync: bool) -> None:
         """Raises:
         OSError: the medium refused; call :meth:`unlink`, a part may be there.

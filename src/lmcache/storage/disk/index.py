@@ -12,7 +12,7 @@ import os
 import sqlite3
 import weakref
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,8 @@ CREATE TABLE chunk (
 )
 """
 
+_READY_ROWS = "SELECT file_id, kind, key, spec, last_use FROM chunk WHERE ready = 1 ORDER BY last_use"
+
 
 class IndexRow(NamedTuple):
     file_id: int
@@ -63,6 +65,32 @@ class IndexRow(NamedTuple):
 
 class IndexDamagedError(Exception):
     """The index file is not a database of ours; only starting empty helps."""
+
+
+def read_index(directory: Path) -> Iterator[IndexRow]:
+    """The complete chunks of a directory that nobody writes. Changes nothing there.
+
+    What a crashed process had left in its write-ahead log is not seen: files that it had removed are still listed.
+
+    Raises:
+        IndexDamagedError: the file is not a sound index of this version.
+        sqlite3.OperationalError: there is none, or the medium failed.
+    """
+    name = f"{(directory / INDEX_FILE).absolute().as_uri()}?mode=ro&immutable=1"
+    with closing(sqlite3.connect(name, uri=True)) as db:
+        try:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version != _SCHEMA_VERSION:
+                raise IndexDamagedError(f"index of version {version}, this program reads {_SCHEMA_VERSION}")
+            specs: dict[bytes, KVSpec] = {}
+            for raw in db.execute(_READY_ROWS):
+                row = _parse_row(raw, specs)
+                if isinstance(row, IndexRow):
+                    yield row
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            raise IndexDamagedError(str(error)) from error
 
 
 class DiskIndex:
@@ -116,9 +144,8 @@ class DiskIndex:
             IndexDamagedError: the table cannot be read to its end.
         """
         specs: dict[bytes, KVSpec] = {}
-        query = "SELECT file_id, kind, key, spec, last_use FROM chunk WHERE ready = 1 ORDER BY last_use"
         try:
-            for raw in self._db.execute(query):
+            for raw in self._db.execute(_READY_ROWS):
                 yield _parse_row(raw, specs)
         except sqlite3.OperationalError:
             raise

@@ -15,14 +15,16 @@ LOCK_FILE = "lock"
 class DirectoryLock:
     """Held from construction to :meth:`release`."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises:
-        DiskTierError: another process, or another tier of this one, has the directory.
-        OSError: the lock file cannot be opened or locked.
+    def __init__(self, directory: Path, *, shared: bool = False) -> None:
+        """``shared``: with others that only read.
+
+        Raises:
+            DiskTierError: another process, or another tier of this one, has the directory.
+            OSError: the lock file cannot be opened or locked.
         """
         self._fd: int | None = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
             self.release()
@@ -32,8 +34,9 @@ class DirectoryLock:
         except OSError:
             self.release()
             raise
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        if not shared:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
         _held.add(self)
 
     def release(self) -> None:

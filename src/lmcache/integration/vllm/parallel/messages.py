@@ -72,12 +72,13 @@ class Release(msgspec.Struct, tag=True, frozen=True):
 
 
 class MatchPiece(msgspec.Struct, frozen=True, array_like=True):
-    """A :class:`lmcache.segmentation.passage_index.Piece`; ``digest`` is that of its chunk."""
+    """A :class:`lmcache.segmentation.passage_index.Piece`; its chunk has this ``digest`` and kind of key."""
 
     start: int
     end: int
     offset: int
     digest: bytes
+    is_prefix: bool
 
 
 class Match(msgspec.Struct, frozen=True, array_like=True):

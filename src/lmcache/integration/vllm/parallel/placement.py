@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmcache.config import LMCacheEngineConfig
+from lmcache.storage.disk.rank_directories import RankDirectory
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,5 +43,5 @@ def share_of_rank(config: LMCacheEngineConfig, rank: int, world_size: int) -> LM
         for name in ("max_local_cpu_size", "max_local_disk_size", "disk_write_queue_size")
     }
     if config.local_disk is not None:
-        changes["local_disk"] = config.local_disk / f"rank-{rank}-of-{world_size}"
+        changes["local_disk"] = RankDirectory.of(config.local_disk, rank, world_size).path
     return config.model_copy(update=changes)

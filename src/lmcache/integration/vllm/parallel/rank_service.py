@@ -245,16 +245,18 @@ def _state(lease: PrefixLease) -> LeaseState:
 
 
 def _told(match: PassageMatch[CacheKey]) -> Match:
-    pieces = (MatchPiece(piece.start, piece.end, piece.offset, piece.key.digest) for piece in match.pieces)
+    pieces = (
+        MatchPiece(piece.start, piece.end, piece.offset, piece.key.digest, isinstance(piece.key, PrefixKey))
+        for piece in match.pieces
+    )
     return Match(match.start, match.end, match.old_start, tuple(pieces))
 
 
 def _read(match: Match, namespace: Namespace) -> PassageMatch[CacheKey]:
-    pieces = (
-        # A key is its bytes: what was kept under a prefix key is found by them too.
-        Piece[CacheKey](piece.start, piece.end, SegmentKey(namespace.id + piece.digest), piece.offset)
-        for piece in match.pieces
-    )
+    pieces: list[Piece[CacheKey]] = []
+    for piece in match.pieces:
+        kind = PrefixKey if piece.is_prefix else SegmentKey
+        pieces.append(Piece(piece.start, piece.end, kind(namespace.id + piece.digest), piece.offset))
     return PassageMatch(match.start, match.end, match.old_start, tuple(pieces))
 
 

@@ -1,0 +1,37 @@
+"""What one number of ranks has kept on disk, another finds: token-major chunks are cut and joined by heads."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.harness import run as run_module
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+run = partial(run_module, module="tests.vllm.tensor_parallel.scenarios", timeout=300)
+
+LENGTHS = [300, 700]
+CHUNK = 64
+WHOLE_CHUNKS = [length // CHUNK * CHUNK for length in LENGTHS]
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_entries_are_found_with_another_number_of_ranks(first: int, then: int, model: str, tmp_path: Path) -> None:
+    config = {
+        "chunk_size": CHUNK,
+        "chunk_layout": "token_major",
+        "max_local_cpu_size": 0.25,
+        "local_disk": str(tmp_path),
+        "max_local_disk_size": 1.0,
+    }
+    kept = run("asked", model=model, tp=first, lengths=LENGTHS, config=config)
+    found = run("asked", model=model, tp=then, lengths=LENGTHS, config=config)
+    assert [answer["reuse"]["reused_tokens"] for answer in kept["answers"]] == [0, 0]
+    assert [answer["reuse"]["tokens_by_tier"] for answer in found["answers"]] == [
+        {"resharded": tokens} for tokens in WHOLE_CHUNKS
+    ]
+    assert [answer["tokens"] for answer in found["answers"]] == [answer["tokens"] for answer in kept["answers"]]
+    assert all(rank["leaks"] == [] for rank in found["ranks"])
