@@ -21,7 +21,7 @@ from lmcache.integration.vllm.parallel import ranks as ranks_module
 from lmcache.integration.vllm.parallel.failed_loads import FailedLoads
 from lmcache.integration.vllm.parallel.frames import MAX_FRAME_BYTES, receive_frame, send_frame
 from lmcache.integration.vllm.parallel.messages import PROTOCOL, Describe, Description, Hello, LookUp
-from lmcache.integration.vllm.parallel.placement import share_of_rank
+from lmcache.integration.vllm.parallel.placement import config_of_rank
 from lmcache.integration.vllm.parallel.planned_saves import PlannedSaves
 from lmcache.integration.vllm.parallel.rank_service import RankService
 from lmcache.integration.vllm.parallel.ranked_engine import RankedEngine
@@ -264,10 +264,9 @@ class TestRendezvous:
             listen(path)
 
 
-def test_ranks_share_what_the_engine_may_take(tmp_path: Path) -> None:
-    config = make_config(max_local_cpu_size=8, local_disk=str(tmp_path), max_local_disk_size=4)
-    assert share_of_rank(config, 0, 1) == config
-    shares = [share_of_rank(config, rank, 4) for rank in range(4)]
-    assert [share.max_local_cpu_size for share in shares] == [2] * 4
-    assert [share.max_local_disk_size for share in shares] == [1] * 4
-    assert len({share.local_disk for share in shares}) == 4
+def test_ranks_have_folders_of_their_own(tmp_path: Path) -> None:
+    config = make_config(local_disk=str(tmp_path), max_local_disk_size=4)
+    assert config_of_rank(config, 0, 1) == config
+    each = [config_of_rank(config, rank, 4) for rank in range(4)]
+    assert len({rank.local_disk for rank in each}) == 4
+    assert {rank.max_local_disk_size for rank in each} == {4}

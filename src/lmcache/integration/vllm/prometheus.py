@@ -13,13 +13,27 @@ if TYPE_CHECKING:
     from lmcache.observability.metrics import Metrics
 
 
+# Every rank counts these of the same requests, so one of them tells.
+_OF_REQUESTS = ("lmcache_requested_", "lmcache_reused_", "lmcache_stored_", "lmcache_blend")
+
+
 class LMCacheStats(KVConnectorStats):
     """What our counters grew by since the last step: ``data[sample name] = increase``."""
 
     @classmethod
-    def since(cls, before: dict[str, float], metrics: Metrics) -> tuple[LMCacheStats, dict[str, float]]:
-        """The growth since the snapshot ``before``, and the snapshot to pass next time."""
-        now = {name: value for name, value in metrics.snapshot().items() if "_total" in name}
+    def since(
+        cls, before: dict[str, float], metrics: Metrics, *, of_requests: bool = True
+    ) -> tuple[LMCacheStats, dict[str, float]]:
+        """The growth since the snapshot ``before``, and the snapshot to pass next time.
+
+        Args:
+            of_requests: also what another rank counts too: requests and tokens.
+        """
+        now = {
+            name: value
+            for name, value in metrics.snapshot().items()
+            if "_total" in name and (of_requests or not name.startswith(_OF_REQUESTS))
+        }
         grown = {name: value - before.get(name, 0.0) for name, value in now.items()}
         return cls(data={name: growth for name, growth in grown.items() if growth}), now
 
@@ -36,6 +50,26 @@ class LMCacheStats(KVConnectorStats):
 
     def is_empty(self) -> bool:
         return not self.data
+
+
+class StatsTeller:
+    """Tells what one :class:`Metrics` grew by since it was last asked."""
+
+    def __init__(self, metrics: Metrics, *, of_requests: bool = True) -> None:
+        """``of_requests``: see :meth:`LMCacheStats.since`."""
+        self._metrics = metrics
+        self._of_requests = of_requests
+        self._counted: dict[str, float] = {}
+        self._changes_told = 0
+
+    def since_last(self) -> LMCacheStats | None:
+        """Asked in every step; most have nothing to tell."""
+        changes = self._metrics.changes
+        if changes == self._changes_told:
+            return None
+        self._changes_told = changes
+        stats, self._counted = LMCacheStats.since(self._counted, self._metrics, of_requests=self._of_requests)
+        return None if stats.is_empty() else stats
 
 
 class LMCachePromMetrics(KVConnectorPromMetrics):

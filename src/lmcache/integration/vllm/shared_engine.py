@@ -18,7 +18,7 @@ from lmcache.integration.vllm.blend.scheduling import BlendScheduling, PreparedB
 from lmcache.integration.vllm.connector_metadata import BlendOp
 from lmcache.integration.vllm.deferred_release import DeferredReleases
 from lmcache.integration.vllm.model_identity import engine_metadata
-from lmcache.integration.vllm.parallel.placement import reason_against, share_of_rank
+from lmcache.integration.vllm.parallel.placement import config_of_rank, reason_against
 from lmcache.integration.vllm.parallel.ranked_lease import RankedLease
 from lmcache.integration.vllm.pending_saves import PendingSaves
 from lmcache.lease import PrefixLease
@@ -121,7 +121,7 @@ class SharedEngine:
                     cls._close_at_exit()
                 parallel = vllm_config.parallel_config
                 config = LMCacheEngineConfig.load(engine_overrides=transfer.kv_connector_extra_config)
-                config = share_of_rank(config, parallel.rank, parallel.world_size)
+                config = config_of_rank(config, parallel.rank, parallel.world_size)
                 cls._live[name] = cls(LMCacheManager(config, engine_metadata(vllm_config, config.chunk_size)))
             shared = cls._live[name]
             shared._holders += 1

@@ -150,7 +150,13 @@ class LMCacheConnectorV1Impl:
         return self._scheduler.reset_cache() if self._scheduler is not None else True
 
     def stats_since_last(self) -> KVConnectorStats | None:
-        """Growth of our counters; the worker role tells it, so that it is told once."""
+        """Growth of our counters since the last step.
+
+        The worker role tells it, so that it is told once; a scheduler role in a process of its own tells what it
+        counted itself.
+        """
+        if self._ranks is not None:
+            return self._ranks.stats.since_last()
         return self._worker.stats_since_last() if self._worker is not None else None
 
     def shutdown(self) -> None:

@@ -20,17 +20,14 @@ from lmcache.integration.vllm.connector_metadata import (
     BlendOp,
     LMCacheConnectorMetadata,
     LoadOp,
-    SaveOp,
-    SegmentRun,
-    SegmentSaveOp,
 )
 from lmcache.integration.vllm.deferred_release import Releasable
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
+from lmcache.integration.vllm.page_saves import PageSaves, slot_mapping
 from lmcache.integration.vllm.parallel.agreement import TensorParallelAgreement
 from lmcache.integration.vllm.parallel.planned_blends import take_blend
-from lmcache.integration.vllm.prometheus import LMCacheStats
+from lmcache.integration.vllm.prometheus import LMCacheStats, StatsTeller
 from lmcache.integration.vllm.shared_engine import SharedEngine
-from lmcache.keys import PrefixKey, token_array
 from lmcache.observability.events import CacheStoreEvent
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
@@ -38,8 +35,6 @@ from lmcache.paging.detect import PageHints, detect_layout
 from lmcache.paging.make_connector import make_connector
 from lmcache.paging.paged_connector import PagedConnector
 from lmcache.paging.verify import verify_layout
-from lmcache.prompt import cut
-from lmcache.segmentation.known_passages import KnownChunk
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -63,10 +58,10 @@ class WorkerSide:
         self._meta: LMCacheConnectorMetadata | None = None
         self._blend_defaults: BlendDefaults | None = None
         self._layerwise = LayerwiseLoads(self._load_failed)
+        self._page_saves = PageSaves(shared, self._block_size)
         self._lock = threading.Lock()
         self._failed_blocks: set[int] = set()
-        self._counted: dict[str, float] = {}
-        self._changes_told = 0
+        self._stats = StatsTeller(shared.metrics, of_requests=vllm_config.parallel_config.rank == 0)
 
     @property
     def metrics(self) -> Metrics:
@@ -156,13 +151,9 @@ class WorkerSide:
     @never_raise(lambda: None)
     def wait_for_save(self) -> None:
         """Queue this step's saves. They read the pages while the next step runs."""
-        self._layerwise.finish()
         meta, self._meta = self._meta, None
-        if meta is None:
-            return
-        if self._agreement is not None and (meta.loads or meta.blends):
-            self._fail_together(self._agreement, [*meta.loads, *map(self._as_load, meta.blends)])
-        if not (meta.saves or meta.segment_saves):
+        self._end_loads(meta)
+        if meta is None or not (meta.saves or meta.segment_saves):
             return
         written = self._queued_work()
         with self._lock:
@@ -171,10 +162,12 @@ class WorkerSide:
             # Behind a failed load this forward computed on pages that were not filled; vLLM does it again.
             if save.req_id in self._shared.failed_loads or not failed_blocks.isdisjoint(save.block_ids):
                 continue
-            self._shared.saves.submit(save.req_id, save.keys, partial(self._save, save, written))
+            self._shared.saves.submit(save.req_id, save.keys, partial(self._page_saves.save, save, written))
         for segments in meta.segment_saves:
             if segments.req_id not in self._shared.failed_loads and failed_blocks.isdisjoint(segments.block_ids):
-                self._shared.saves.submit(segments.req_id, (), partial(self._save_segments, segments, written))
+                self._shared.saves.submit(
+                    segments.req_id, (), partial(self._page_saves.save_segments, segments, written)
+                )
 
     def get_finished(self) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose blocks may be freed now, and those whose asynchronous load has ended."""
@@ -192,17 +185,18 @@ class WorkerSide:
 
     @never_raise(lambda: None)
     def stats_since_last(self) -> LMCacheStats | None:
-        """Asked in every step; most have nothing to tell."""
-        changes = self.metrics.changes
-        if changes == self._changes_told:
-            return None
-        self._changes_told = changes
-        stats, self._counted = LMCacheStats.since(self._counted, self.metrics)
-        return None if stats.is_empty() else stats
+        return self._stats.since_last()
 
-    def _fail_together(self, agreement: TensorParallelAgreement, loads: list[LoadOp]) -> None:
+    def _end_loads(self, meta: LMCacheConnectorMetadata | None) -> None:
         """What another rank could not load is lost here too: this forward has added up what all of them computed."""
-        failed = self._shared.failed_loads
+        try:
+            self._layerwise.finish()
+        except Exception as error:  # the other ranks wait for us
+            report_failure(self.metrics, "end_loads", error)
+        if self._agreement is None or meta is None or not (meta.loads or meta.blends):
+            return
+        loads = [*meta.loads, *map(self._as_load, meta.blends)]
+        failed, agreement = self._shared.failed_loads, self._agreement
         for load, lost in zip(loads, agreement.any_rank([load.req_id in failed for load in loads]), strict=True):
             if lost and load.req_id not in failed:
                 self._shared.blend_reports.pop(load.req_id, None)
@@ -217,7 +211,7 @@ class WorkerSide:
             # An asynchronous load has blocks for just what was promised: one token less than a full hit.
             end = min(op.end, len(op.block_ids) * self._block_size)
             tokens = op.token_ids[:end]
-            slots = self._slot_mapping(op.block_ids, end, first=op.start)
+            slots = slot_mapping(op.block_ids, end, self._block_size, first=op.start)
             wanted = torch.arange(end) >= op.start
             if layerwise:
                 steps = self._engine.retrieve_layer(tokens, wanted, slot_mapping=slots, lease=lease)
@@ -296,7 +290,7 @@ class WorkerSide:
         return LoadOp(op.req_id, [], op.exact_tokens, len(op.block_ids) * self._block_size, op.block_ids)
 
     def _slots_of(self, op: BlendOp, prepared: PreparedBlend) -> torch.Tensor:
-        return self._slot_mapping(op.block_ids, len(prepared.token_ids), first=0)
+        return slot_mapping(op.block_ids, len(prepared.token_ids), self._block_size)
 
     def _count_blend(self, req_id: str, prepared: PreparedBlend, report: BlendReport) -> None:
         try:
@@ -317,70 +311,6 @@ class WorkerSide:
         with self._lock:
             self._failed_blocks.update(op.block_ids[op.start // self._block_size : -(-op.end // self._block_size)])
         self._shared.failed_loads.add(op.req_id)
-
-    def _save(self, op: SaveOp, written: Callable[[], None]) -> None:
-        try:
-            written()
-            slots = self._slot_mapping(op.block_ids, len(op.token_ids), first=0)
-            new = torch.arange(len(op.token_ids)) >= op.start
-            keys = self._of_this_shard(op)
-            self._engine.store(
-                op.token_ids, mask=new, slot_mapping=slots, keys=keys, lora=op.lora, cache_salt=op.cache_salt
-            )
-            size, num_tokens = self._shared.config.chunk_size, len(op.token_ids)
-            chunks = cut(num_tokens, keys, size)[op.start // size :]
-            self._remember(SegmentRun(chunks, keys[op.start // size - 1] if op.start else None), op)
-        except Exception as error:
-            report_failure(self.metrics, "save", error)
-
-    def _of_this_shard(self, op: SaveOp) -> list[PrefixKey]:
-        """The scheduler role names chunks as the first rank does."""
-        namespace = self._engine.namespace(lora=op.lora, cache_salt=op.cache_salt, paged=True)
-        if not op.keys or op.keys[0].namespace_id == namespace.id:
-            return op.keys
-        return [key.of_shard(namespace) for key in op.keys]
-
-    def _runs_of_this_shard(self, op: SegmentSaveOp) -> list[SegmentRun]:
-        namespace = self._engine.namespace(lora=op.lora, cache_salt=op.cache_salt, paged=True)
-        return [
-            SegmentRun(
-                [chunk._replace(key=chunk.key.of_shard(namespace)) for chunk in run.chunks],
-                None if run.before is None else run.before.of_shard(namespace),
-            )
-            for run in op.runs
-        ]
-
-    def _save_segments(self, op: SegmentSaveOp, written: Callable[[], None]) -> None:
-        try:
-            written()
-            slots = self._slot_mapping(op.block_ids, len(op.token_ids), first=0)
-            runs = self._runs_of_this_shard(op)
-            self._engine.store_chunks([chunk for run in runs for chunk in run.chunks], slots)
-            for run in runs:
-                self._remember(run, op)
-        except Exception as error:
-            report_failure(self.metrics, "save_segments", error)
-
-    def _remember(self, run: SegmentRun, op: SaveOp | SegmentSaveOp) -> None:
-        """Let the tokens of chunks be found anywhere."""
-        known = self._shared.manager.passages
-        if known is None or self._shared.blender is None or not run.chunks:
-            return
-        first = run.chunks[0].start
-        tokens = token_array(op.token_ids[first : run.chunks[-1].end])
-        known.add_prompt(
-            [KnownChunk(key, tokens[start - first : end - first], start) for key, start, end in run.chunks],
-            op.seams,
-            before=run.before,
-        )
-
-    def _slot_mapping(self, block_ids: list[int], num_tokens: int, *, first: int) -> torch.Tensor:
-        """Slot of each of ``num_tokens`` tokens, int64 ``[T]``; −1 before ``first``."""
-        size = self._block_size
-        blocks = torch.tensor(block_ids[: -(-num_tokens // size)], dtype=torch.int64)
-        slots = (blocks[:, None] * size + torch.arange(size)).flatten()[:num_tokens]
-        slots[:first] = -1
-        return slots
 
     def _queued_work(self) -> Callable[[], None]:
         """A call that returns once everything queued on the device so far is done; on the CPU it is."""

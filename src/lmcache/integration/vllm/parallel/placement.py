@@ -1,4 +1,4 @@
-"""Where vLLM has put the two roles of a connector, and what each rank may take of the memory and the disk."""
+"""Where vLLM has put the two roles of a connector, and where each rank keeps what it has."""
 
 from __future__ import annotations
 
@@ -34,14 +34,8 @@ def reason_against(vllm_config: VllmConfig) -> str | None:
     return None
 
 
-def share_of_rank(config: LMCacheEngineConfig, rank: int, world_size: int) -> LMCacheEngineConfig:
-    """The configuration of one rank: an equal part of the memory and the disk, in a directory of its own."""
-    if world_size == 1:
+def config_of_rank(config: LMCacheEngineConfig, rank: int, world_size: int) -> LMCacheEngineConfig:
+    """The configuration of one rank: sizes are for each rank, and each has a folder of its own on the disk."""
+    if config.local_disk is None:
         return config
-    changes: dict[str, object] = {
-        name: getattr(config, name) / world_size
-        for name in ("max_local_cpu_size", "max_local_disk_size", "disk_write_queue_size")
-    }
-    if config.local_disk is not None:
-        changes["local_disk"] = RankDirectory.of(config.local_disk, rank, world_size).path
-    return config.model_copy(update=changes)
+    return config.model_copy(update={"local_disk": RankDirectory.of(config.local_disk, rank, world_size).path})

@@ -17,6 +17,7 @@ from lmcache.integration.vllm.parallel.ranked_lease import RankedLease
 from lmcache.integration.vllm.parallel.ranked_passages import RankedFinder, RankedPassageLease
 from lmcache.integration.vllm.parallel.ranks import Ranks
 from lmcache.integration.vllm.parallel.rendezvous import socket_path
+from lmcache.integration.vllm.prometheus import StatsTeller
 from lmcache.lease import PrefixLease
 from lmcache.observability.logging import configure_for_engine
 from lmcache.observability.metrics import Metrics
@@ -40,6 +41,7 @@ class RankedCache:
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         self.config = LMCacheEngineConfig.load(engine_overrides=transfer.kv_connector_extra_config)
         self.metrics = Metrics()
+        self.stats = StatsTeller(self.metrics)
         paths = [socket_path(str(transfer.engine_id), rank) for rank in range(parallel.world_size)]
         self._ranks = Ranks(paths, self.metrics)
         self.engine = RankedEngine(self._ranks, self.config, engine_metadata(vllm_config, self.config.chunk_size))
