@@ -18,6 +18,7 @@ from lmcache.integration.vllm.parallel.ranked_passages import RankedFinder, Rank
 from lmcache.integration.vllm.parallel.ranks import Ranks
 from lmcache.integration.vllm.parallel.rendezvous import socket_path
 from lmcache.integration.vllm.prometheus import StatsTeller
+from lmcache.integration.vllm.shared_engine import UnsupportedSetupError
 from lmcache.lease import PrefixLease
 from lmcache.observability.logging import configure_for_engine
 from lmcache.observability.metrics import Metrics
@@ -35,14 +36,17 @@ class RankedCache:
     def __init__(self, vllm_config: VllmConfig) -> None:
         """Raises:
         ValueError: the configuration is wrong (names the key, the value and where it came from).
-        OSError: there is no directory for the sockets.
+        UnsupportedSetupError: there is no directory for the sockets.
         """
         configure_for_engine()
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         self.config = LMCacheEngineConfig.load(engine_overrides=transfer.kv_connector_extra_config)
         self.metrics = Metrics()
         self.stats = StatsTeller(self.metrics)
-        paths = [socket_path(str(transfer.engine_id), rank) for rank in range(parallel.world_size)]
+        try:
+            paths = [socket_path(str(transfer.engine_id), rank) for rank in range(parallel.world_size)]
+        except OSError as error:
+            raise UnsupportedSetupError(f"there is no place for the sockets of the ranks: {error}") from error
         self._ranks = Ranks(paths, self.metrics)
         self.engine = RankedEngine(self._ranks, self.config, engine_metadata(vllm_config, self.config.chunk_size))
         self.saves = PlannedSaves(self._ranks)
