@@ -105,7 +105,7 @@ def test_codecs_from_the_configuration(tmp_path: Path, codec: str) -> None:
     ("setting", "told"),
     [
         ({"remote_url": "nonsense"}, "must be a URL"),
-        ({"remote_url": "gopher://host"}, "its scheme must be one of file, s3, redis"),
+        ({"remote_url": "gopher://host"}, "its scheme must be one of file, mooncake, s3, redis"),
         ({"remote_url": "file://host/kv"}, "three slashes"),
         ({"remote_encryption_keys": "a:short"}, "id:key|32 bytes"),
         ({"remote_encryption_key_file": "/no/such/file"}, "cannot be read"),

@@ -21,10 +21,11 @@ GROUP = "lmcache.remote_stores"
 # Imported when they are asked for: each needs a client library of its own.
 _OURS = {
     "file": "lmcache.storage.remote.file_store:FileStore",
+    "mooncake": "lmcache.storage.remote.mooncake_store:MooncakeStore",
     "s3": "lmcache.storage.remote.s3_store:S3Store",
     **dict.fromkeys(("redis", "rediss", "unix", "redis-cluster"), "lmcache.storage.remote.redis_store:RedisStore"),
 }
-_EXTRAS = {**dict.fromkeys(("redis", "rediss", "unix", "redis-cluster"), "redis"), "s3": "s3"}
+_EXTRAS = {**dict.fromkeys(("redis", "rediss", "unix", "redis-cluster"), "redis"), "s3": "s3", "mooncake": "mooncake"}
 """What to install where the import of one of ours fails, by scheme."""
 
 
