@@ -24,7 +24,7 @@ MODEL := .cache/models/smollm2-bfloat16
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help has-python setup setup-sglang test test-fast test-kernels test-vllm test-sglang demo demo-sglang demo-fleet soak bench check format clean
+.PHONY: help has-python setup setup-sglang test test-fast test-kernels test-vllm test-sglang demo demo-sglang demo-fleet fuzz soak bench check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -63,6 +63,10 @@ demo-sglang: setup-sglang ## the same conversation with a real SGLang server
 
 demo-fleet: setup ## two real vLLM servers and a real Redis: what one has read the other reuses, also after Redis was killed
 	$(BIN)/python -m demo.fleet --model $(MODEL)
+
+SECONDS ?= 3600
+fuzz: setup ## throw bytes at all that reads from disk and network, for SECONDS
+	$(BIN)/python -m tests.fuzz .cache/fuzz -max_total_time=$(SECONDS) -max_len=8192 -rss_limit_mb=4096 -print_final_stats=1
 
 MINUTES ?= 20
 soak: setup ## two vLLM servers and a Redis while everything fails at random, for MINUTES

@@ -68,16 +68,20 @@ class RedisWire:
     def reply(self) -> int | bytes | None:
         """An integer or a short string; None for nothing."""
         kind, rest = self._line()
-        self._due -= 1
-        if kind == b"+":
-            return rest
-        if kind == b":":
-            return int(rest)
         if kind == b"-":
+            self._due -= 1
             raise RedisReplyError(rest.decode(errors="replace"))
-        if kind == b"$" and rest == b"-1":
-            return None
-        raise ConnectionError(f"unexpected reply {kind + rest[:40]!r}")
+        if kind == b"+":
+            said: int | bytes | None = rest
+        elif kind == b":":
+            said = int(rest)
+        elif kind == b"$" and rest == b"-1":
+            said = None
+        else:
+            raise ConnectionError(f"unexpected reply {kind + rest[:40]!r}")
+        # Only now: what makes no sense leaves the connection unclean.
+        self._due -= 1
+        return said
 
     def value(self, receiver: Receiver) -> bool:
         """The reply to GET, taken in by ``receiver``; False where there is no value."""

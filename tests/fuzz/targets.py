@@ -1,0 +1,185 @@
+"""What must hold for any bytes that come from a disk or a network. Each target raises where it does not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from blake3 import blake3
+
+from lmcache.keys import Namespace, prefix_keys
+from lmcache.memory.memory_obj import KVSpec, MemoryObj
+from lmcache.metadata import TOKEN_MAJOR
+from lmcache.segmentation import shared_passages
+from lmcache.segmentation.passage_row import decode_row
+from lmcache.storage.chunk_header import HEADER_BYTES, ChunkFormatError, ChunkHeader
+from lmcache.storage.codecs import CODEC_NAMES, make_codec
+from lmcache.storage.codecs.interface import CodecError
+from lmcache.storage.encryption import KeyRing
+from lmcache.storage.remote.chunk_value import ChunkFormat
+from lmcache.storage.remote.interface import Receiver, RemoteStoreError
+from lmcache.storage.remote.redis_wire import RedisWire
+
+SPEC = KVSpec((3, 2, 16, 2, 8), torch.bfloat16, TOKEN_MAJOR, 16)
+MAX_ALLOCATION = 1 << 22
+(KEY,) = prefix_keys(Namespace("model", "bfloat16", TOKEN_MAJOR), [1, 2, 3, 4], 4)
+NUMBERS = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(0)).cumsum(2).to(SPEC.dtype)
+FORMATS = [
+    ChunkFormat(make_codec(codec), KeyRing({"key": bytes(range(32))}) if encrypted else None)
+    for codec in CODEC_NAMES
+    for encrypted in (False, True)
+]
+
+
+def new_object(spec: KVSpec) -> MemoryObj | None:
+    if spec.nbytes > MAX_ALLOCATION:
+        return None
+    padded = max(4096, -(-spec.nbytes // 4096) * 4096)
+    return MemoryObj(spec, torch.zeros(padded, dtype=torch.uint8), 0, lambda obj: None)
+
+
+def _written(format_: ChunkFormat) -> bytes:
+    obj = new_object(SPEC)
+    assert obj is not None
+    obj.tensor.copy_(NUMBERS)
+    return b"".join(format_.encode(KEY, obj))
+
+
+VALUES = [_written(format_) for format_ in FORMATS]
+EXPECTED: list[torch.Tensor] = []
+
+
+def header(data: bytes) -> None:
+    """A header is refused, or says the same when it is written again."""
+    block = data[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0")
+    try:
+        found = ChunkHeader.decode(block)
+    except ChunkFormatError:
+        return
+    assert ChunkHeader.decode(found.encode()) == found
+
+
+def changed_value(data: bytes) -> None:
+    """A value with changed bytes is refused: what is taken is what was written."""
+    if len(data) < 4:
+        return
+    number = data[0] % len(FORMATS)
+    value = bytearray(VALUES[number])
+    for at in range(1, len(data) - 3, 3):
+        value[int.from_bytes(data[at : at + 2], "little") % len(value)] ^= data[at + 2]
+    if data[-1] % 4 == 0:
+        del value[int.from_bytes(data[1:3], "little") % len(value) :]
+    found = taken(FORMATS[number], bytes(value))
+    if not EXPECTED:
+        EXPECTED.extend(_must(taken(format_, whole)) for format_, whole in zip(FORMATS, VALUES, strict=True))
+    assert found is None or torch.equal(found, EXPECTED[number])
+
+
+def any_value(data: bytes) -> None:
+    """No value makes us take more memory than its chunk has, or fail in another way than by refusing it."""
+    if data:
+        taken(FORMATS[data[0] % len(FORMATS)], data[1:])
+
+
+def taken(format_: ChunkFormat, value: bytes) -> torch.Tensor | None:
+    receiver = format_.receiver(KEY, new_object)
+    memory = receiver.begin(len(value), memoryview(value[:HEADER_BYTES]))
+    if memory is not None:
+        assert memory.nbytes == len(value) - HEADER_BYTES <= MAX_ALLOCATION + 64
+        memory[:] = value[HEADER_BYTES:]
+        receiver.finish()
+    obj = receiver.take()
+    if obj is None:
+        assert receiver.failure is not None
+        return None
+    return obj.tensor
+
+
+def codec(data: bytes) -> None:
+    if not data:
+        return
+    made = make_codec(CODEC_NAMES[data[0] % len(CODEC_NAMES)])
+    try:
+        made.decode(memoryview(data[1:]), torch.empty(SPEC.shape, dtype=SPEC.dtype), SPEC)
+    except CodecError:
+        return
+
+
+def passages(data: bytes) -> None:
+    for row in shared_passages._rows(data, blake3(data).digest()):
+        assert row.tokens.ndim == 1
+    at = len(data) // 2
+    decode_row(data[:at], data[at:], blake3(data).digest())
+
+
+class _Socket:
+    """Says ``data``, a few bytes at a time."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def settimeout(self, seconds: float) -> None: ...
+
+    def sendall(self, data: object) -> None: ...
+
+    def recv_into(self, memory: memoryview) -> int:
+        count = min(len(memory), 7, len(self._data) - self._at)
+        memory[:count] = self._data[self._at : self._at + count]
+        self._at += count
+        return count
+
+
+class _Bounded(Receiver):
+    head_bytes = 16
+
+    def begin(self, nbytes: int, head: memoryview) -> memoryview | None:
+        return memoryview(bytearray(nbytes - len(head))) if nbytes < MAX_ALLOCATION else None
+
+    def finish(self) -> None: ...
+
+
+def redis_reply(data: bytes) -> None:
+    """A connection that says anything is given up, or understood."""
+    if not data:
+        return
+    wire = RedisWire(_Socket(data[1:]), time.monotonic() + 60)
+    wire.send([[b"GET", b"name"]] * 2)
+    read = (lambda: wire.value(_Bounded())) if data[0] % 2 else wire.reply
+    for _ in range(2):
+        if not _goes_on(read, wire):
+            return
+
+
+def _goes_on(read: Callable[[], object], wire: RedisWire) -> bool:
+    try:
+        read()
+    except RemoteStoreError:
+        return True
+    except (ConnectionError, TimeoutError, ValueError):
+        assert not wire.is_clean
+        return False
+    return True
+
+
+def key_ring(data: bytes) -> None:
+    try:
+        KeyRing.parse(data.decode("utf-8", "replace"), "source")
+    except ValueError:
+        return
+
+
+def _must(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor.clone()
+
+
+TARGETS: list[Callable[[bytes], None]] = [
+    header,
+    changed_value,
+    any_value,
+    codec,
+    passages,
+    redis_reply,
+    key_ring,
+]
