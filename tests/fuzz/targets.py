@@ -132,7 +132,7 @@ def index_row(data: bytes) -> None:
     """A row of a disk's index makes sense, or is its bare number."""
     number, at = len(data), len(data) // 2
     key = data[:KEY_BYTES]
-    for raw in ((number, 0, key, data[KEY_BYTES:], 1), (number, at % 4, data[:at], data[at:], 1)):
+    for raw in ((number, 0, key, data[KEY_BYTES:], 1), (number, at % 4, data[:at], data[at:], data)):
         row = _parse_row(raw, {})
         assert row == number or (isinstance(row, IndexRow) and row.file_id == number)
 
