@@ -88,7 +88,9 @@ class LMCacheEngine:
         self._writes = ChunkWrites(storage, self._events if config.enable_kv_events else None)
         # Making one takes as long as hashing a thousand tokens.
         self._namespace = lru_cache(maxsize=1024)(
-            lambda layout, lora, cache_salt: metadata.namespace(layout, lora=lora, cache_salt=cache_salt)
+            lambda layout, lora, cache_salt: metadata.namespace(
+                layout, lora=lora, cache_salt=cache_salt, codec=config.inexact_codec
+            )
         )
 
     def set_gpu_connector(self, connector: GPUConnectorInterface) -> None:

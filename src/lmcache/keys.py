@@ -123,7 +123,8 @@ class Namespace:
     files), ``model_config`` is a digest of the architecture settings (rope scaling, overrides, quantisation).
     ``layout`` is the host layout of the bytes and its version. The shard is the part of the model that these bytes
     hold: part ``tp_rank`` of ``tp_size`` equal parts of the KV heads, and stage ``pp_rank`` of ``pp_size`` of the
-    layers. ``lora`` and ``cache_salt`` isolate adapters and tenants.
+    layers. ``lora`` and ``cache_salt`` isolate adapters and tenants. ``codec`` names the one that is not exact through
+    which such KV may have gone, and what was computed from it; empty: none.
     """
 
     model: str
@@ -137,12 +138,16 @@ class Namespace:
     pp_size: int = 1
     lora: str = ""
     cache_salt: str = ""
+    codec: str = ""
 
     @cached_property
     def _root(self) -> bytes:
         # A msgpack map of named, length-prefixed fields: no two namespaces read alike. "surrogatepass" because a salt
         # comes from a client, whose JSON may hold half a surrogate pair.
         fields = {name: str(value).encode("utf-8", "surrogatepass") for name, value in asdict(self).items()}
+        # Keys from before there was this field stay what they were.
+        if not self.codec:
+            del fields["codec"]
         return blake3(msgspec.msgpack.encode(fields, order="sorted")).digest()
 
     @property

@@ -65,8 +65,10 @@ class LMCacheEngineMetadata:
         """Of the whole model; 1 for MLA."""
         return 1 if self.use_mla else self.kv_shape[3] * self.tp_size
 
-    def namespace(self, layout: str = TOKEN_MAJOR, *, lora: str = "", cache_salt: str = "") -> Namespace:
-        """The key namespace of this shard's KV held in ``layout``."""
+    def namespace(
+        self, layout: str = TOKEN_MAJOR, *, lora: str = "", cache_salt: str = "", codec: str = ""
+    ) -> Namespace:
+        """The key namespace of this shard's KV held in ``layout``; ``codec`` as in :class:`Namespace`."""
         return Namespace(
             model=self.model_name,
             kv_dtype=str(self.kv_dtype).removeprefix("torch."),
@@ -79,4 +81,5 @@ class LMCacheEngineMetadata:
             pp_size=self.pp_size,
             lora=lora,
             cache_salt=cache_salt,
+            codec=codec,
         )

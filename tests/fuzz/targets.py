@@ -7,15 +7,17 @@ from collections.abc import Callable
 
 import torch
 from blake3 import blake3
+from xxhash import xxh3_128_digest
 
-from lmcache.keys import Namespace, prefix_keys
+from lmcache.keys import KEY_BYTES, Namespace, prefix_keys
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.metadata import TOKEN_MAJOR
 from lmcache.segmentation import shared_passages
 from lmcache.segmentation.passage_row import decode_row
-from lmcache.storage.chunk_header import HEADER_BYTES, ChunkFormatError, ChunkHeader
+from lmcache.storage.chunk_header import HEADER_BYTES, ChunkFormatError, ChunkHeader, Packing
 from lmcache.storage.codecs import CODEC_NAMES, make_codec
 from lmcache.storage.codecs.interface import CodecError
+from lmcache.storage.disk.index import IndexRow, _parse_row
 from lmcache.storage.encryption import KeyRing
 from lmcache.storage.remote.chunk_value import ChunkFormat
 from lmcache.storage.remote.interface import Receiver, RemoteStoreError
@@ -23,6 +25,8 @@ from lmcache.storage.remote.redis_wire import RedisWire
 
 SPEC = KVSpec((3, 2, 16, 2, 8), torch.bfloat16, TOKEN_MAJOR, 16)
 MAX_ALLOCATION = 1 << 22
+DTYPES = [each for each in vars(torch).values() if isinstance(each, torch.dtype)]
+LAYOUTS = [TOKEN_MAJOR, "another"]
 (KEY,) = prefix_keys(Namespace("model", "bfloat16", TOKEN_MAJOR), [1, 2, 3, 4], 4)
 NUMBERS = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(0)).cumsum(2).to(SPEC.dtype)
 FORMATS = [
@@ -94,6 +98,43 @@ def taken(format_: ChunkFormat, value: bytes) -> torch.Tensor | None:
         assert receiver.failure is not None
         return None
     return obj.tensor
+
+
+def sealed_value(data: bytes) -> None:
+    """What is behind the checksums: a value whose own are right is refused, or taken, however little it makes sense."""
+    if len(data) < 24:
+        return
+    number, dtype, kind, key_id, written, dims = data[0], data[1], data[2], data[3], data[4], data[5]
+    body = VALUES[number % len(FORMATS)][HEADER_BYTES:] if written % 2 else data[24:]
+    if written % 4 == 3:
+        body = bytes(a ^ b for a, b in zip(body, data[24:], strict=False)) + body[len(data) - 24 :]
+    sizes = [1 << (size - 200) if size >= 200 else size for size in data[6 : 7 + dims % 8]]
+    shape = SPEC.shape if dims >= 128 else tuple(min(size, 1 << 40) for size in sizes)
+    spec = KVSpec(shape, SPEC.dtype if dtype >= 128 else DTYPES[dtype % len(DTYPES)], LAYOUTS[data[15] % 2], data[16])
+    names = [*CODEC_NAMES, "another"]
+    packing = Packing(names[kind % len(names)], len(body), ["", "key", "other"][key_id % 3], data[17 : 17 + key_id % 8])
+    if kind % 7 == 0:
+        packing = Packing(packing.codec, max(0, len(body) - data[16]), packing.key_id, packing.nonce)
+    block = ChunkHeader(KEY, spec, xxh3_128_digest(body), packing).encode()
+    taken(FORMATS[number % len(FORMATS)], block + body)
+
+
+def sealed_header(data: bytes) -> None:
+    """A header of any fields whose checksum is right."""
+    block = bytearray(VALUES[(data[0] if data else 0) % len(VALUES)][:HEADER_BYTES])
+    for at in range(1, len(data) - 2, 3):
+        block[int.from_bytes(data[at : at + 2], "little") % 512] ^= data[at + 2]
+    block[-16:] = xxh3_128_digest(bytes(block[:-16]))
+    header(bytes(block))
+
+
+def index_row(data: bytes) -> None:
+    """A row of a disk's index makes sense, or is its bare number."""
+    number, at = len(data), len(data) // 2
+    key = data[:KEY_BYTES]
+    for raw in ((number, 0, key, data[KEY_BYTES:], 1), (number, at % 4, data[:at], data[at:], data)):
+        row = _parse_row(raw, {})
+        assert row == number or (isinstance(row, IndexRow) and row.file_id == number)
 
 
 def codec(data: bytes) -> None:
@@ -182,4 +223,7 @@ TARGETS: list[Callable[[bytes], None]] = [
     passages,
     redis_reply,
     key_ring,
+    sealed_value,
+    sealed_header,
+    index_row,
 ]

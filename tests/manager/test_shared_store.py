@@ -101,6 +101,30 @@ def test_codecs_from_the_configuration(tmp_path: Path, codec: str) -> None:
         assert error <= (0 if codec == "zstd" else kv_of(TOKENS).float().abs().max() / 14)
 
 
+@pytest.mark.parametrize("codec", ["zstd", "fp8", "delta"])
+def test_what_is_not_exact_stays_with_servers_that_take_it(tmp_path: Path, codec: str) -> None:
+    """It once went to the disk under exact keys, and from there, set to another codec, to the store and everybody."""
+    pytest.importorskip("zstandard")
+    disk = {"local_disk": tmp_path / "disk", "max_local_disk_size": 64 / 1024}
+    with LMCacheManager(shared(tmp_path, remote_codec=codec), make_metadata()) as first:
+        first.engine.store(TOKENS, kv_of(TOKENS))
+    with LMCacheManager(shared(tmp_path, remote_codec=codec, **disk), make_metadata()) as second:
+        blob, found = second.engine.retrieve(TOKENS, return_tuple=False)
+        assert found.all()
+        assert torch.equal(blob, kv_of(TOKENS)) == (codec == "zstd")
+        assert second.storage.flush(60)
+    with LMCacheManager(shared(tmp_path, remote_codec=codec, **disk), make_metadata()) as again:
+        assert again.engine.lookup(TOKENS) == 4 * CHUNK
+    for setting in (make_config(**disk), shared(tmp_path, remote_codec="raw", **disk), shared(tmp_path)):
+        with LMCacheManager(setting, make_metadata()) as exact:
+            blob, found = exact.engine.retrieve(TOKENS, return_tuple=False)
+            assert bool(found.all()) == (codec == "zstd")
+            if found.any():
+                assert torch.equal(blob, kv_of(TOKENS))
+            exact.engine.lookup(TOKENS)
+            assert exact.storage.flush(60)
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [

@@ -79,7 +79,9 @@ class SegmentStore:
         self._storage = engine.storage
         self._metrics = engine.metrics
         self._max_wait = engine.config.max_disk_wait_seconds
-        self._namespace = engine.metadata.namespace(SEGMENT_LAYOUT, lora=lora, cache_salt=cache_salt)
+        self._namespace = engine.metadata.namespace(
+            SEGMENT_LAYOUT, lora=lora, cache_salt=cache_salt, codec=engine.config.inexact_codec
+        )
 
     def contains(self, tokens: Tokens) -> bool:
         return self._storage.contains(segment_key(self._namespace, tokens))

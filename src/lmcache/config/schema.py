@@ -37,6 +37,7 @@ from lmcache.config.value_types import (
 from lmcache.config.wrong_values import Contradiction, ContradictionError, explain
 
 GIB = 1 << 30
+_EXACT_CODECS = ("raw", "zstd")
 
 
 class LMCacheEngineConfig(BaseModel):
@@ -130,6 +131,11 @@ class LMCacheEngineConfig(BaseModel):
     extra_config: JsonObject = Field(default_factory=dict, description="Settings of third-party parts (JSON).")
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def inexact_codec(self) -> str:
+        """The codec because of which KV may come back changed; empty where all of it comes back as it was."""
+        return "" if self.remote_url is None or self.remote_codec in _EXACT_CODECS else self.remote_codec
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> LMCacheEngineConfig:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("zstandard")
 
+from lmcache.config import LMCacheEngineConfig
 from lmcache.memory.memory_obj import KVSpec
 from lmcache.metadata import TOKEN_MAJOR
 from lmcache.storage.codecs import CODEC_NAMES, make_codec
@@ -142,3 +143,22 @@ def test_only_what_a_codec_understands_is_given_to_it() -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(ValueError, match="must be one of raw, zstd, fp8, delta"):
         make_codec("gzip")
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_the_configuration_knows_which_are_exact(name: str) -> None:
+    config = LMCacheEngineConfig(remote_url="redis://host", remote_codec=name)
+    assert config.inexact_codec == ("" if make_codec(name).is_exact else name)
+    assert LMCacheEngineConfig(remote_codec=name).inexact_codec == ""
+
+
+@pytest.mark.parametrize("name", ["fp8", "delta"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_numbers_stay_finite(name: str, dtype: torch.dtype) -> None:
+    spec = KVSpec((3, 2, 16, 1, 8), dtype, TOKEN_MAJOR, 16)
+    numbers = torch.full(spec.shape, torch.finfo(dtype).max, dtype=dtype)
+    packed = make_codec(name).encode(numbers, spec)
+    if packed is not None:
+        back = torch.empty_like(numbers)
+        make_codec(name).decode(memoryview(packed), back, spec)
+        assert back.isfinite().all()

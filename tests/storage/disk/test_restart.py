@@ -130,11 +130,13 @@ def test_rows_that_make_no_sense_are_dropped_with_their_files(tmp_path: Path, he
     db.execute("UPDATE chunk SET key = x'00' WHERE file_id = 1")
     db.execute("UPDATE chunk SET spec = 'no json' WHERE file_id = 2")
     db.execute("UPDATE chunk SET kind = 17 WHERE file_id = 3")
+    db.execute("UPDATE chunk SET last_use = x'ff00' WHERE file_id = 4")
+    db.execute("UPDATE chunk SET last_use = 'text' WHERE file_id = 5")
     db.commit()
     db.close()
     tier = open_tier(tmp_path, heap)
-    assert list(tier.keys()) == KEYS[3:]
-    assert len(chunk_files(tmp_path)) == 7
+    assert list(tier.keys()) == KEYS[5:]
+    assert len(chunk_files(tmp_path)) == 5
     tier.close()
 
 

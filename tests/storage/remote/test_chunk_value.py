@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_128_digest
 
 pytest.importorskip("zstandard")
 
@@ -18,7 +19,7 @@ from lmcache.keys import CacheKey
 from lmcache.memory.allocator import SlabAllocator
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.metadata import TOKEN_MAJOR
-from lmcache.storage.chunk_header import HEADER_BYTES
+from lmcache.storage.chunk_header import HEADER_BYTES, ChunkHeader, Packing
 from lmcache.storage.codecs import CODEC_NAMES, make_codec
 from lmcache.storage.encryption import KeyRing
 from lmcache.storage.remote.chunk_value import ChunkFormat
@@ -161,6 +162,31 @@ def test_noise_is_no_chunk_and_allocates_nothing(noise: bytes) -> None:
 
     receiver = ChunkFormat().receiver(KEY, allocate)
     assert receiver.begin(len(noise), memoryview(noise[:HEADER_BYTES])) is None
+    assert receiver.take() is None
+
+
+@pytest.mark.parametrize(
+    ("codec", "spec"),
+    [
+        ("delta", KVSpec((4, 1, 1, 2, 16, 3), torch.bfloat16, TOKEN_MAJOR, 1)),
+        ("delta", KVSpec((4, 2, 0, 2, 16), torch.bfloat16, TOKEN_MAJOR, 0)),
+        ("fp8", KVSpec((4, 2, 0, 2, 16), torch.bfloat16, TOKEN_MAJOR, 0)),
+        ("fp8", KVSpec((64, 64), torch.int8, "pages", 1)),
+        ("zstd", KVSpec((1 << 40, 1 << 40, 0), torch.bfloat16, TOKEN_MAJOR, 0)),
+    ],
+)
+def test_what_its_codec_never_packs_is_damaged_and_allocates_nothing(codec: str, spec: KVSpec) -> None:
+    """Their checksums are right. The fuzzer found that such raised in the thread that reads, and were never removed."""
+
+    def allocate(spec: KVSpec) -> None:
+        raise AssertionError(f"asked for {spec}")
+
+    packing = Packing(codec, 64 if spec.nbytes else 0)
+    body = bytes(packing.nbytes)
+    head = ChunkHeader(KEY, spec, xxh3_128_digest(body), packing).encode()
+    receiver = ChunkFormat(make_codec(codec)).receiver(KEY, allocate)
+    assert receiver.begin(len(head) + len(body), memoryview(head)) is None
+    assert receiver.is_damaged
     assert receiver.take() is None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -70,7 +71,9 @@ class LMCacheHiCacheStorage(HiCacheStorage):
         self._page_dtype = page.dtype
         self._page_spec = KVSpec((page.nbytes,), torch.uint8, LAYOUT, mem_pool_host.page_size)
         self._pool = mem_pool_host
-        self._namespace = page_namespace(self._storage_config, mem_pool_host)
+        self._namespace = replace(
+            page_namespace(self._storage_config, mem_pool_host), codec=self._manager.config.inexact_codec
+        )
 
     def on_host_pools_registered(self) -> None:
         """Raises:

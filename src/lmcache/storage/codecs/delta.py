@@ -6,7 +6,7 @@ is one number of one head, its scale the largest magnitude among the chunk's tok
 first third have 8 bits, of the second 6, of the last 5.
 
 Error of a number in a channel whose largest magnitude is m: at most ``m / (2 · steps)``, and the rounding of its dtype,
-with steps 127, 31 and 15.
+with steps 127, 31 and 15, where m is not near the smallest numbers of its dtype.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ class DeltaCodec(Codec):
     is_exact: ClassVar[bool] = False
 
     def takes(self, spec: KVSpec) -> bool:
-        return spec.layout == TOKEN_MAJOR and len(spec.shape) == 5 and spec.dtype in _TAKEN
+        return spec.layout == TOKEN_MAJOR and len(spec.shape) == 5 and spec.dtype in _TAKEN and spec.nbytes > 0
 
     def encode(self, tensor: torch.Tensor, spec: KVSpec) -> bytes | None:
         layers, planes, tokens, heads, dim = spec.shape
         numbers = tensor.view(layers, planes, tokens, heads * dim).to(torch.float32)
         largest = numbers.abs().amax(2)
-        if not largest.isfinite().all():
+        # Rounded up, the largest numbers of float32 would be infinite.
+        if not (2 * largest).isfinite().all():
             return None
         scales = (largest / _steps(layers)[:, None, None]).clamp_min(torch.finfo(torch.float32).tiny)
         steps = (numbers / scales[:, :, None]).round_().clamp_(-127, 127).to(torch.int8)

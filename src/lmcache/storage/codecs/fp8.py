@@ -1,6 +1,7 @@
 """8-bit floating point (e4m3, https://arxiv.org/abs/2209.05433), with a scale for every 128 numbers that lie together.
 
-Error of a number x in a group whose largest magnitude is m: at most ``max(|x| · 2⁻⁴, m · 2⁻¹⁷)``.
+Error of a number x in a group whose largest magnitude is m: at most ``max(|x| · 2⁻⁴, m · 2⁻¹⁷)``, where m is not near
+the smallest numbers of its dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Fp8Codec(Codec):
     is_exact: ClassVar[bool] = False
 
     def takes(self, spec: KVSpec) -> bool:
-        return spec.dtype in _TAKEN
+        return spec.dtype in _TAKEN and spec.nbytes > 0
 
     def encode(self, tensor: torch.Tensor, spec: KVSpec) -> bytes | None:
         numbers = tensor.reshape(-1)

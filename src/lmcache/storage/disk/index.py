@@ -133,7 +133,9 @@ class DiskIndex:
         _open.add(self)
 
     def _newest(self) -> tuple[int, int]:
-        query = "SELECT ifnull(max(file_id), 0) + 1, ifnull(max(last_use), 0) FROM chunk"
+        # In a damaged row it may be anything; such rows are dropped when they are read.
+        newest_use = "max(CASE typeof(last_use) WHEN 'integer' THEN last_use END)"
+        query = f"SELECT ifnull(max(file_id), 0) + 1, ifnull({newest_use}, 0) FROM chunk"
         next_file_id, last_use = self._db.execute(query).fetchone()
         return int(next_file_id), int(last_use)
 
@@ -213,10 +215,12 @@ class DiskIndex:
             self.checkpoint()
 
 
-def _parse_row(raw: tuple[int, int, bytes, bytes, int], specs: dict[bytes, KVSpec]) -> IndexRow | int:
+def _parse_row(raw: tuple[int, int, bytes, bytes, object], specs: dict[bytes, KVSpec]) -> IndexRow | int:
     """The row, or its number alone when it makes no sense. ``specs`` keeps what was decoded: few differ."""
     file_id, kind, key, encoded, last_use = raw
     try:
+        if not isinstance(last_use, int):
+            return file_id
         spec = specs.get(encoded)
         if spec is None:
             spec = specs[encoded] = decode_spec(encoded)

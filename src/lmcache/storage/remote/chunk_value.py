@@ -86,6 +86,8 @@ class ChunkFormat:
             ChunkFormatError: we do not read it.
         """
         codec = self._reads(packing)
+        if not codec.takes(spec):
+            raise ChunkFormatError("codec", f"codec {codec.name!r} does not pack chunks of {spec}")
         return codec.max_bytes(spec) + (_ENCRYPTION_BYTES if packing.key_id else 0)
 
     def unpack(self, header: ChunkHeader, payload: memoryview, obj: MemoryObj) -> None:
@@ -162,6 +164,8 @@ class ChunkReceiver(Receiver):
             header = ChunkHeader.decode(bytes(head))
             if nbytes != HEADER_BYTES + header.payload_bytes:
                 raise ChunkFormatError("size", f"{nbytes} bytes, of which {header.payload_bytes} are payload")
+            if header.spec.nbytes == 0:
+                raise ChunkFormatError("spec", f"an empty chunk of {header.spec}")
             packing = header.packing
             if packing is not None and packing.nbytes > self._format.max_bytes(packing, header.spec):
                 raise ChunkFormatError("size", f"{packing.nbytes} packed bytes of {header.spec.nbytes}")

@@ -49,7 +49,9 @@ class RankedEngine:
         described = self.descriptions()
         if not described:
             raise ConnectionError("the caches of the ranks cannot be reached")
-        return self._metadata.namespace(described[0].layout, lora=lora, cache_salt=cache_salt)
+        return self._metadata.namespace(
+            described[0].layout, lora=lora, cache_salt=cache_salt, codec=self._config.inexact_codec
+        )
 
     def prefix_keys(
         self, tokens: Tokens, *, lora: str = "", cache_salt: str = "", paged: bool = False
