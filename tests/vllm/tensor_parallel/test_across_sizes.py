@@ -11,7 +11,7 @@ from tests.vllm.harness import run as run_module
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-run = partial(run_module, module="tests.vllm.tensor_parallel.scenarios", timeout=300)
+run = partial(run_module, module="tests.vllm.tensor_parallel.scenarios", timeout=600)
 
 LENGTHS = [300, 700]
 CHUNK = 64

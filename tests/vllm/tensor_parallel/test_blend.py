@@ -14,7 +14,7 @@ from tests.vllm.harness import run as run_module
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-run = partial(run_module, module="tests.vllm.tensor_parallel.scenarios", timeout=300)
+run = partial(run_module, module="tests.vllm.tensor_parallel.scenarios", timeout=600)
 
 CONFIG = {"chunk_size": 64, "max_local_cpu_size": 0.25, "enable_blending": True, "blend_min_tokens": 64}
 
