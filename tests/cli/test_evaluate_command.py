@@ -95,7 +95,7 @@ def test_takes_the_users_own_tasks(folder: Path, tmp_path: Path) -> None:
         (["--correctors", "red"], "--correctors: unknown corrector 'red': must be one of none"),
         (["--budgets", "0.1,half"], "--budgets: 'half' is not a number"),
         (["--budgets", "15"], "--budgets: 15 must be above 0 and at most 1"),
-        (["--context", "none"], "--context none: choose from alone, system, prompt"),
+        (["--context", "none"], "--context none: choose from alone, system, prompt, prefix"),
         (["--dtype", "int4"], "dtype 'int4': choose from float32"),
         (["--device", "moon"], "--device moon: "),
         (["--gate", "kl"], "'kl': write FIGURE=LIMIT"),

@@ -37,8 +37,20 @@ def evaluate(
     budgets: Annotated[
         str, typer.Option("--budgets", help="Charged budgets: shares of the reused tokens' QKV to compute afresh.")
     ] = "0.02,0.05,0.1,0.15,0.3",
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            "--codec",
+            help="Comma-separated (raw,zstd,fp8,delta): reused KV is packed and unpacked by each before it is used.",
+        ),
+    ] = None,
     context: Annotated[
-        str, typer.Option("--context", help="Where passages stood when cached: alone, system (behind it), prompt.")
+        str,
+        typer.Option(
+            "--context",
+            help="Where passages stood when cached: alone, system (behind it), prompt (an earlier one), prefix (where "
+            "they stand now: what is measured is prefix reuse).",
+        ),
     ] = "system",
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option("--device", help="Where the model runs, as torch names it.")] = "cpu",
@@ -89,6 +101,7 @@ def evaluate(
             device=device,
             seed=seed,
             threads=threads,
+            codecs=codec,
         )
         report = run(plan, out, fresh=not resume, follow=follow)
     except (EvaluationError, OSError) as error:

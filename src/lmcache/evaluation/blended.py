@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Final
 
 import torch
@@ -13,7 +14,10 @@ import torch
 from lmcache.blend.correctors import make_corrector
 from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.policies.interface import SelectionPolicy
+from lmcache.blend.segment_store import SegmentStore
+from lmcache.cache_engine import LMCacheEngine
 from lmcache.config import LMCacheEngineConfig
+from lmcache.evaluation.codec_trip import KeptKV, Trip
 from lmcache.evaluation.errors import EvaluationError
 from lmcache.evaluation.prompt_parts import PromptParts, prompt_parts
 from lmcache.evaluation.runs import Answer, BlendedAnswer
@@ -21,6 +25,8 @@ from lmcache.evaluation.tasks.task import Task
 from lmcache.evaluation.variants import NO_CORRECTOR, Variant
 from lmcache.integration.transformers import BlendedPrompt, CacheBlend, UnsupportedModelError, engine_metadata
 from lmcache.integration.transformers.batched_cache import batched_cache
+from lmcache.manager import LMCacheManager
+from lmcache.storage.codecs.interface import Codec
 
 _BATCH_BYTES: Final = 1 << 30
 """KV of prompts whose answers are generated together."""
@@ -29,7 +35,8 @@ _BATCH_BYTES: Final = 1 << 30
 class BlendedModel:
     """A :class:`lmcache.evaluation.runs.Subject`.
 
-    ``policies`` and ``correctors`` are those that variants name. Answers are greedy and at most ``answer_tokens`` long.
+    ``policies``, ``correctors`` and ``codecs`` (None: nothing is packed) are those that variants name. Answers are
+    greedy and at most ``answer_tokens`` long.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class BlendedModel:
         correctors: Mapping[str, Corrector],
         *,
         answer_tokens: int,
+        codecs: Mapping[str, Codec] | None = None,
     ) -> None:
         metadata = engine_metadata(model, 1)
         self.num_layers = metadata.kv_shape[0]
@@ -48,6 +56,7 @@ class BlendedModel:
         self._tokenizer = tokenizer
         self._policies = policies
         self._correctors: Mapping[str, Corrector] = {NO_CORRECTOR: make_corrector(NO_CORRECTOR), **correctors}
+        self._codecs: Mapping[str, Codec] = codecs or {}
         self._answer_tokens = answer_tokens
         stops = model.generation_config.eos_token_id
         self._stops = frozenset(stops if isinstance(stops, list) else [stops])
@@ -73,15 +82,36 @@ class BlendedModel:
         self, parts: PromptParts, before: Sequence[Sequence[int]]
     ) -> Iterator[Callable[[Sequence[Variant]], Iterator[BlendedAnswer]]]:
         # Not from the environment: what a user keeps on disk is nothing that an evaluation may find.
-        with self._cache_blend(LMCacheEngineConfig.from_defaults()) as blend:
+        config = LMCacheEngineConfig.from_defaults()
+        with (
+            LMCacheManager(config, engine_metadata(self._model, config.chunk_size)) as manager,
+            self._cache_blend(manager.engine) as blend,
+        ):
             for passage, earlier in zip(parts.passage_ids, before, strict=True):
                 if not blend.cache(list(passage), behind=list(earlier)):
                     raise EvaluationError(f"the KV of a passage of {len(passage)} tokens does not fit into host memory")
-            yield lambda variants: self._blend(blend, parts, variants)
+            if not self._codecs:
+                yield lambda variants: self._blend(blend, parts, variants)
+                return
+            with ExitStack() as held:
+                reused = [part for part in (parts.system_ids, *parts.passage_ids) if part]
+                found = SegmentStore(manager.engine).get_many(list(map(list, dict.fromkeys(reused))))
+                kept = [KeptKV(held.enter_context(segment)) for segment in found if segment is not None]
+                yield lambda variants: self._blend_packed(blend, parts, kept, variants)
 
-    def _cache_blend(self, config: LMCacheEngineConfig) -> CacheBlend:
+    def _blend_packed(
+        self, blend: CacheBlend, parts: PromptParts, kept: Sequence[KeptKV], variants: Sequence[Variant]
+    ) -> Iterator[BlendedAnswer]:
+        for name, same in groupby(variants, key=lambda variant: variant.codec):
+            trip = Trip()
+            for passage in kept:
+                passage.pass_through(self._codecs[name], trip)
+            for answer in self._blend(blend, parts, list(same)):
+                yield replace(answer, packed_ratio=trip.ratio, packed_error=trip.error)
+
+    def _cache_blend(self, engine: LMCacheEngine) -> CacheBlend:
         try:
-            return CacheBlend(self._model, config=config)
+            return CacheBlend(self._model, engine=engine)
         except UnsupportedModelError as error:
             raise EvaluationError(str(error)) from error
 

@@ -17,7 +17,7 @@ from lmcache.evaluation.report import Report
 from lmcache.evaluation.row_file import RowFile
 from lmcache.evaluation.runs import make_prompts, run
 from lmcache.evaluation.settings import settings_of
-from lmcache.evaluation.variants import sweep
+from lmcache.evaluation.variants import RAW, sweep
 from lmcache.integration.transformers.loading import ModelLoadError, load_model
 
 ANSWER_TOKENS: Final = 32
@@ -41,8 +41,12 @@ def evaluate(plan: Plan, out: Path, *, fresh: bool, follow: Callable[[Iterable[i
         model, tokenizer = load_model(plan.model, plan.dtype, plan.device)
     except ModelLoadError as error:
         raise EvaluationError(str(error)) from error
-    subject = BlendedModel(model, tokenizer, plan.policies, plan.correctors, answer_tokens=ANSWER_TOKENS)
-    variants, not_run = sweep(plan.policies, list(plan.correctors), plan.budgets, subject.num_layers)
+    subject = BlendedModel(
+        model, tokenizer, plan.policies, plan.correctors, answer_tokens=ANSWER_TOKENS, codecs=plan.codecs
+    )
+    variants, not_run = sweep(
+        plan.policies, list(plan.correctors), plan.budgets, subject.num_layers, list(plan.codecs) or [RAW]
+    )
     prompts = make_prompts(subject, plan.tasks, plan.context)
     settings = settings_of(
         plan.model.resolve().name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import permutations
+from statistics import fmean
 
 import msgspec
 
@@ -23,6 +24,8 @@ class Figures(msgspec.Struct, frozen=True):
         exact_match: of the tasks that full prefill answers, the share that the blend answers too; None: there are none.
         time: seconds of the blends over seconds of the full prefills.
         fallbacks: tasks in which nothing was reused.
+        packed_ratio: raw bytes of the reused KV over packed ones.
+        packed_error: root mean square of what the codec changed, over that of the numbers.
     """
 
     variant: Variant
@@ -32,6 +35,8 @@ class Figures(msgspec.Struct, frozen=True):
     exact_match: Interval | None
     time: Interval
     fallbacks: int
+    packed_ratio: float = 1.0
+    packed_error: float = 0.0
 
 
 class Relative(msgspec.Struct, frozen=True):
@@ -73,6 +78,8 @@ def summarise(rows: RowFile, tasks: Sequence[str], variants: Sequence[Variant], 
             exact_match=bootstrap.ratio(both, answered),
             time=time,
             fallbacks=sum(row.fallback is not None for row in blends),
+            packed_ratio=fmean(row.packed_ratio for row in blends),
+            packed_error=fmean(row.packed_error for row in blends),
         )
 
     blends = {variant: [rows.blends[task, variant] for task in tasks] for variant in variants}

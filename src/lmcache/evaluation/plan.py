@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +19,8 @@ from lmcache.evaluation.spelled import items, make_all
 from lmcache.evaluation.task_file import read_task_file
 from lmcache.evaluation.tasks.generate import generate_tasks
 from lmcache.evaluation.tasks.task import Task
+from lmcache.storage.codecs import make_codec
+from lmcache.storage.codecs.interface import Codec
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Plan:
     device: str
     seed: int
     threads: int | None
+    codecs: dict[str, Codec] = field(default_factory=dict)
 
     @classmethod
     def parse(
@@ -55,9 +58,11 @@ class Plan:
         device: str,
         seed: int,
         threads: int | None,
+        codecs: str | None = None,
     ) -> Plan:
         """``policies``, ``correctors`` and ``budgets`` are comma-separated. None: all policies there are; no corrector
-        and the default one.
+        and the default one. So are ``codecs``: with them, only the default policy and corrector, and what reuses
+        everything; None: nothing is packed.
 
         Raises:
             EvaluationError: one of these is not what it must be.
@@ -68,6 +73,8 @@ class Plan:
             tasks, tasks_from = generate_tasks(num_tasks, seed), f"generated from seed {seed}"
         else:
             tasks, tasks_from = read_task_file(tasks_file), str(tasks_file)
+        if codecs is not None:
+            policies, correctors = policies or f"none,{_default_policy()}", correctors or _default_corrector()
         return cls(
             model=model,
             tasks=tasks,
@@ -80,7 +87,19 @@ class Plan:
             device=_device(device),
             seed=seed,
             threads=threads,
+            codecs={} if codecs is None else {name: _codec(name) for name in items("--codec", codecs)},
         )
+
+
+def _codec(name: str) -> Codec:
+    try:
+        return make_codec(name)
+    except ValueError as error:
+        raise EvaluationError(f"--codec: {error}") from None
+
+
+def _default_policy() -> str:
+    return LMCacheEngineConfig.from_defaults().blend_policy
 
 
 def _default_corrector() -> str:

@@ -44,6 +44,8 @@ class FullPrefill(msgspec.Struct, frozen=True, tag="full_prefill"):
 class BlendRow(msgspec.Struct, frozen=True, tag="blend"):
     """One variant on one task.
 
+    ``charged_budget``, ``seconds``: as measured. ``packed_ratio`` and ``packed_error`` are what the codec did to the
+    reused KV: raw bytes over packed ones, and the root mean square of the error over that of the numbers.
     ``kl`` in nats at the first answer token; ``agreement`` of the greedy tokens, 0 … 1; ``fallback`` is why nothing was
     reused, if so.
     """
@@ -57,3 +59,5 @@ class BlendRow(msgspec.Struct, frozen=True, tag="blend"):
     tokens: tuple[int, ...]
     seconds: float
     fallback: str | None
+    packed_ratio: float = 1.0
+    packed_error: float = 0.0

@@ -31,10 +31,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class BlendedAnswer(Answer):
-    """``charged_budget`` as measured; ``fallback`` is why nothing was reused, if so."""
+    """``charged_budget`` as measured; ``fallback`` is why nothing was reused, if so; ``packed_ratio`` and
+    ``packed_error`` are those of :class:`~lmcache.evaluation.rows.BlendRow`."""
 
     charged_budget: float
     fallback: str | None
+    packed_ratio: float = 1.0
+    packed_error: float = 0.0
 
 
 class Subject(Protocol):
@@ -133,6 +136,8 @@ def _blend_row(
         tokens=answer.tokens,
         seconds=answer.seconds,
         fallback=answer.fallback,
+        packed_ratio=answer.packed_ratio,
+        packed_error=answer.packed_error,
     )
 
 

@@ -14,7 +14,14 @@ from lmcache.bench.machine import processor
 from lmcache.evaluation.earlier_prompt import Context
 from lmcache.evaluation.rows import Settings
 
-_SOURCES = ("blend/**/*.py", "integration/transformers/*.py", "evaluation/blended.py", "evaluation/measures.py")
+_SOURCES = (
+    "blend/**/*.py",
+    "integration/transformers/*.py",
+    "evaluation/blended.py",
+    "evaluation/measures.py",
+    "evaluation/codec_trip.py",
+    "storage/codecs/*.py",
+)
 
 
 def settings_of(

@@ -9,13 +9,16 @@ from rich.table import Table
 from lmcache.evaluation.bootstrap import Interval
 from lmcache.evaluation.figures import Figures, Summary
 from lmcache.evaluation.report import Report
-from lmcache.evaluation.variants import ANCHORS, Variant
+from lmcache.evaluation.variants import ANCHORS, RAW, Variant
 
 
 def rich_table(report: Report) -> Table:
     """A row a variant, a section a policy. The last column compares with the first policy at the same budget."""
     summary = report.summary
     against = next((f.variant for f in summary.figures if f.variant.policy not in ANCHORS), None)
+    packs = any(figures.variant.codec != RAW for figures in summary.figures)
+    if packs:
+        against = None
     table = Table(
         title=f"{report.settings.model}, {report.settings.dtype}, passages cached {_CACHED[report.settings.context]}",
         caption=(
@@ -23,24 +26,38 @@ def rich_table(report: Report) -> Table:
             f"paired 95 % bootstrap intervals; time of the prefill, over full prefill\n{report.machine}"
         ),
     )
-    headers = ["policy", "charged budget", "KL, nats", "tokens agree", "exact match", "time"]
+    headers = [
+        "policy",
+        *(["KV, ratio", "KV, error"] if packs else []),
+        "charged budget",
+        "KL, nats",
+        "tokens agree",
+        "exact match",
+        "time",
+    ]
     for header in headers + ([f"KL / KL of {against.label}"] if against else []):
         table.add_column(header, justify="left" if header == "policy" else "right")
     for figures, following in pairwise([*summary.figures, None]):
         assert figures is not None
-        cells = _cells(figures) + ([_relative(summary, figures.variant, against)] if against else [])
+        cells = _cells(figures, packs) + ([_relative(summary, figures.variant, against)] if against else [])
         ends = following is None or following.variant.label != figures.variant.label
         table.add_row(*cells, end_section=ends)
     return table
 
 
-_CACHED = {"alone": "alone", "system": "behind the system prompt", "prompt": "in an earlier prompt"}
+_CACHED = {
+    "alone": "alone",
+    "system": "behind the system prompt",
+    "prompt": "in an earlier prompt",
+    "prefix": "as a prefix",
+}
 
 
-def _cells(figures: Figures) -> list[str]:
+def _cells(figures: Figures, packs: bool) -> list[str]:
     fallbacks = f" ({figures.fallbacks} full prefills)" if figures.fallbacks else ""
     return [
         figures.variant.label + fallbacks,
+        *([f"{figures.packed_ratio:.2f}", f"{figures.packed_error:.2%}"] if packs else []),
         f"{figures.charged_budget:.1%}",
         _cell(figures.kl, ".3f"),
         _cell(figures.agreement, ".0%"),

@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 import msgspec
+from msgspec import structs
 
 ANCHORS: Final = ("none", "full")
 """Policies that spend no budget, or all of it."""
 NO_CORRECTOR: Final = "none"
+RAW: Final = "raw"
+"""The codec that changes nothing."""
 
 
 class Priced(Protocol):
@@ -22,18 +25,20 @@ class Priced(Protocol):
 class Variant(msgspec.Struct, frozen=True):
     """``budget`` is the charged budget asked for, ``ratio`` the recompute ratio that spends it.
 
-    For :data:`ANCHORS` both are 0 or 1.
+    For :data:`ANCHORS` both are 0 or 1. ``codec``: what the reused KV was packed by and unpacked again.
     """
 
     policy: str
     corrector: str
     budget: float
     ratio: float
+    codec: str = RAW
 
     @property
     def label(self) -> str:
-        """Policy and corrector: what a line of the plot is about."""
-        return self.policy if self.corrector == NO_CORRECTOR else f"{self.policy} + {self.corrector}"
+        """Policy, corrector and codec: what a line of the plot is about."""
+        label = self.policy if self.corrector == NO_CORRECTOR else f"{self.policy} + {self.corrector}"
+        return label if self.codec == RAW else f"{label}, {self.codec}"
 
     def __str__(self) -> str:
         return self.label if self.policy in ANCHORS else f"{self.label} at {self.budget:.3g}"
@@ -51,9 +56,24 @@ class NotRun(msgspec.Struct, frozen=True):
 
 
 def sweep(
+    policies: Mapping[str, Priced],
+    correctors: Sequence[str],
+    budgets: Sequence[float],
+    num_layers: int,
+    codecs: Sequence[str] = (RAW,),
+) -> tuple[list[Variant], list[NotRun]]:
+    """All variants, codec by codec, policy by policy, budgets ascending; anchors once and without corrector, what
+    computes everything with the first codec only."""
+    first, not_run = _sweep(policies, correctors, budgets, num_layers)
+    variants = [structs.replace(variant, codec=codecs[0]) for variant in first]
+    for codec in codecs[1:]:
+        variants += [structs.replace(variant, codec=codec) for variant in first if variant.policy != ANCHORS[1]]
+    return variants, not_run
+
+
+def _sweep(
     policies: Mapping[str, Priced], correctors: Sequence[str], budgets: Sequence[float], num_layers: int
 ) -> tuple[list[Variant], list[NotRun]]:
-    """All variants, policy by policy, budgets ascending; anchors once and without corrector."""
     variants: list[Variant] = []
     not_run: list[NotRun] = []
     for name, policy in policies.items():
