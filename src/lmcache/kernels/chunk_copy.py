@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.kernels.launch import launch
+
 _BLOCK_TOKENS = 8
 
 
@@ -88,7 +90,9 @@ def copy_chunk(
     """
     _, planes, num_tokens, _ = staged.shape
     for plane in range(planes):
-        _copy_kernel[(triton.cdiv(num_tokens, _BLOCK_TOKENS), len(layers))](
+        launch(
+            _copy_kernel,
+            (triton.cdiv(num_tokens, _BLOCK_TOKENS), len(layers)),
             staged,
             pages.bases,
             offsets,

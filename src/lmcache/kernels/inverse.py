@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.kernels.launch import launch
+
 PANEL = 16
 """Rows and columns that are eliminated at a time: the size of a matrix must be a multiple of it."""
 _TILE = 64
@@ -67,4 +69,4 @@ def invert(matrices: torch.Tensor, sizes: torch.Tensor) -> None:
     what lies there is undefined afterwards.
     """
     count, size, _ = matrices.shape
-    _inverse_kernel[(count,)](sizes, matrices, size, PANEL=PANEL, TILE=_TILE, num_warps=4, num_stages=1)
+    launch(_inverse_kernel, (count,), sizes, matrices, size, PANEL=PANEL, TILE=_TILE, num_warps=4, num_stages=1)

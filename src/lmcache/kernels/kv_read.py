@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from lmcache.kernels.kv_rows import KVRows
+from lmcache.kernels.launch import launch
 
 _ROWS = 4
 
@@ -52,7 +53,9 @@ def read(kv: KVRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     keys = torch.empty((len(rows), kv.num_heads, kv.dim), dtype=kv.keys.dtype, device=kv.keys.device)
     values = torch.empty_like(keys)
     if len(rows):
-        _read_kernel[(triton.cdiv(len(rows), _ROWS),)](
+        launch(
+            _read_kernel,
+            (triton.cdiv(len(rows), _ROWS),),
             rows,
             kv.offsets,
             kv.keys,
@@ -115,7 +118,9 @@ def deviation(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, kv: 
     squares over heads and dims, float32 ``[2, n]``, in one read (CacheBlend's deviation, arXiv:2405.16444)."""
     out = torch.empty((2, len(rows)), dtype=torch.float32, device=keys.device)
     if len(rows):
-        _deviation_kernel[(len(rows),)](
+        launch(
+            _deviation_kernel,
+            (len(rows),),
             keys,
             values,
             rows,

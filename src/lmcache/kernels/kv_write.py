@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from lmcache.kernels.kv_rows import KVRows
+from lmcache.kernels.launch import launch
 
 _ROWS = 4
 
@@ -113,7 +114,9 @@ def place(
         return
     half = turns.cos.shape[1] if turns is not None else 1
     block_h = triton.next_power_of_2(kv.num_heads)
-    _place_kernel[(triton.cdiv(num_rows, _ROWS),)](
+    launch(
+        _place_kernel,
+        (triton.cdiv(num_rows, _ROWS),),
         staged,
         k_from,
         v_from,
@@ -191,7 +194,9 @@ def write(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, kv: KVRo
     num_rows = len(rows)
     if not num_rows:
         return
-    _write_kernel[(triton.cdiv(num_rows, _ROWS),)](
+    launch(
+        _write_kernel,
+        (triton.cdiv(num_rows, _ROWS),),
         keys,
         values,
         rows,
