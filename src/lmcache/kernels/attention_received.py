@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.kernels.join_parts import join_log2_sums
 from lmcache.kernels.kv_rows import KVRows
+from lmcache.kernels.launch import launch
 from lmcache.kernels.sparse_attention import _scores
 
 _BLOCK_N = 64
@@ -111,7 +113,9 @@ def attention_received(
     received = torch.empty((heads, num_keys), dtype=torch.float32, device=q.device)
 
     def run(lse: torch.Tensor, sums: bool) -> None:
-        _received_kernel[(blocks, heads)](
+        launch(
+            _received_kernel,
+            (blocks, heads),
             q,
             kv.keys,
             kv.offsets,
@@ -143,8 +147,7 @@ def attention_received(
         )
 
     run(log_sums, True)
-    top = log_sums.amax(0)
-    joint = top + torch.exp2(log_sums - top).sum(0).log2()
+    joint = join_log2_sums(log_sums)
     if sinks is not None:
         joint = torch.logaddexp2(joint, sinks.float()[:, None] * 1.4426950408889634)
     run(joint, False)

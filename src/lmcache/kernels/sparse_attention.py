@@ -14,7 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.kernels.join_parts import join_attention
 from lmcache.kernels.kv_rows import KVRows
+from lmcache.kernels.launch import launch
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # A score that weighs nothing; −inf would make NaN of rows that see nothing in a tile.
@@ -241,7 +243,9 @@ def sparse_attention(
     kind = q.dtype if splits == 1 else torch.float32
     out = torch.empty((splits, num_queries, heads, kv.value_dim), dtype=kind, device=q.device)
     lse = torch.empty((splits, num_queries, heads), dtype=torch.float32, device=q.device)
-    _attend_kernel[(tiles, kv.num_heads, splits)](
+    launch(
+        _attend_kernel,
+        (tiles, kv.num_heads, splits),
         q,
         kv.keys,
         kv.values,
@@ -287,9 +291,7 @@ def sparse_attention(
     )
     if splits == 1:
         return out[0], None
-    joint = lse.logsumexp(0)
-    weights = torch.exp(lse - joint)
-    return (out * weights[..., None]).sum(0).to(q.dtype), joint
+    return join_attention(out, lse, q.dtype)
 
 
 def _blocks(rows: int, block_d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
