@@ -47,16 +47,17 @@ class PagedBatchKV(BatchKV):
 
         super().__init__(batch, ropes, corrector)
         layout = connector.kv_layout
+        self._moved = [placed for placed in batch.placed if not placed.span.exact]
+        # First of all: what follows takes the host some milliseconds, while the first layers are on their way.
+        self._staged = StagedLayers(self._moved, len(ropes), (layout.num_heads, layout.head_dim), layout.dtype, ring)
         self._connector = connector
         self._sent = OnDevice(ring.device, exact)
         self._pages = PromptPages(slots, layout.block_size, ring.device, dense)
         offsets = page_offsets(layout, slots).to(ring.device)
         self._planes = [layout.plane_views(connector.tensors, layer) for layer in range(len(ropes))]
         self._kv = page_rows(layout, self._planes[0][0], self._planes[0][1], offsets)
-        self._moved = [placed for placed in batch.placed if not placed.span.exact]
         spans = [np.arange(*placed.rows) for placed in self._moved]
         self._rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *spans]))
-        self._staged = StagedLayers(self._moved, len(ropes), (layout.num_heads, layout.head_dim), layout.dtype, ring)
         self._froms = self._staged.k_from.to(ring.device), self._staged.v_from.to(ring.device)
         self._turns: dict[int, Turns] = {}
 

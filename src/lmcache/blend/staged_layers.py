@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from lmcache.blend.batch import PlacedSpan
 from lmcache.blend.chunk_source import ChunkSource
 from lmcache.blend.kv_source import KVLoadError
-from lmcache.memory.device_copy import can_copy_rows, copy_rows
+from lmcache.memory.device_copy import Addresses, can_copy_many, copy_many
 
-_DEPTH = 3
+_MIN_DEPTH = 3
 
 
 class _Slot:
     """One layer's room on the device. ``arrived`` and ``free`` are events of the copies and of their reader."""
 
-    def __init__(self) -> None:
-        self.rows = torch.empty(0)
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
         self.layer_id = -1
         self.arrived: torch.cuda.Event | None = None
         self.free: torch.cuda.Event | None = None
@@ -28,40 +30,76 @@ class _Slot:
 class StagingRing:
     """Device memory for a few layers, and the stream that fills it; serves one blend after the other.
 
-    It grows to what the largest blend took, up to ``kept_bytes`` a layer; for more it gets memory a blend.
+    ``kept_bytes`` are shared by as many layers as fit, three at least; what more these need is given back when a
+    smaller blend comes. So a short prompt is on its way as a whole before the model begins.
     """
 
-    def __init__(self, device: torch.device, kept_bytes: int = 192 * 2**20) -> None:
+    def __init__(self, device: torch.device, kept_bytes: int = 576 * 2**20) -> None:
         self.device = device
         self.kept_bytes = kept_bytes
-        self.slots = [_Slot() for _ in range(_DEPTH)]
+        self.slots: list[_Slot] = []
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._room = torch.empty(0)
+        self._read: torch.cuda.Event | None = None
 
-    def begin(self, num_rows: int, row_numel: int, dtype: torch.dtype) -> None:
+    def begin(self, num_rows: int, row_numel: int, dtype: torch.dtype, num_layers: int) -> None:
         """Nothing of an earlier blend is wanted any more; there is room for ``[num_rows, row_numel]`` a layer."""
         wanted = num_rows * row_numel
-        for slot in self.slots:
-            held = slot.rows
-            fits = held.dtype == dtype and held.numel() >= wanted
-            if not fits or held.nbytes > max(self.kept_bytes, wanted * dtype.itemsize):
-                slot.rows = torch.empty(wanted, dtype=dtype, device=self.device)
-                if self.stream is not None:
-                    # Memory that torch gives out again is free for the current stream only.
-                    self.stream.wait_stream(torch.cuda.current_stream(self.device))
-                    slot.rows.record_stream(self.stream)
-                slot.free = None
-            slot.layer_id = -1
+        depth = min(num_layers, max(_MIN_DEPTH, self.kept_bytes // max(1, wanted * dtype.itemsize)))
+        total, held = depth * wanted, self._room
+        fits = held.dtype == dtype and held.numel() >= total
+        if not fits or held.nbytes > max(self.kept_bytes, total * dtype.itemsize):
+            self._room = torch.empty(total, dtype=dtype, device=self.device)
+            if self.stream is not None:
+                # Memory that torch gives out again is free for the current stream only.
+                self.stream.wait_stream(torch.cuda.current_stream(self.device))
+                self._room.record_stream(self.stream)
+        elif self._read is not None and self.stream is not None:
+            self.stream.wait_event(self._read)
+        self.slots = [_Slot(self._room[index * wanted : (index + 1) * wanted]) for index in range(depth)]
+
+    def slot(self, layer_id: int) -> _Slot:
+        return self.slots[layer_id % len(self.slots)]
+
+    def done(self, layer_id: int) -> None:
+        """All that reads the layer is queued on the current stream."""
+        if self.stream is not None:
+            self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._read.record(torch.cuda.current_stream(self.device))
+            self.slot(layer_id).free = self._read
+
+    def join(self) -> None:
+        """What is queued on the current stream from now on comes after all copies that are under way."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 
-class _Run(NamedTuple):
-    """``num_rows`` K rows and as many V rows of one chunk, staged from row ``at`` on: where they lie in the host's
-    memory in layer 0, in bytes."""
+class _Runs:
+    """Bytes of chunks that are copied as they lie, layer by layer: where each run of them lies in layer 0, how far its
+    layers are apart, and how far behind the first staged row it goes."""
 
-    source: int
-    layer_bytes: int
-    plane_bytes: int
-    num_rows: int
-    at: int
+    def __init__(self) -> None:
+        self._runs: list[tuple[int, int, int, int]] = []
+
+    def add(self, source: int, layer_bytes: int, to: int, nbytes: int) -> None:
+        if self._runs:
+            before, step, at, size = self._runs[-1]
+            if (before + size, step, at + size) == (source, layer_bytes, to):
+                self._runs[-1] = before, step, at, size + nbytes
+                return
+        self._runs.append((source, layer_bytes, to, nbytes))
+
+    def __bool__(self) -> bool:
+        return bool(self._runs)
+
+    @cached_property
+    def _columns(self) -> tuple[Addresses, ...]:
+        return tuple(np.array(self._runs, dtype=np.uint64).T.copy())
+
+    def copy(self, layer_id: int, to: int, stream: torch.cuda.Stream) -> None:
+        """Queue the copies of a layer to the address ``to``."""
+        source, layer_bytes, offsets, sizes = self._columns
+        copy_many(offsets + np.uint64(to), source + layer_bytes * np.uint64(layer_id), sizes, stream)
 
 
 class _Other(NamedTuple):
@@ -102,7 +140,7 @@ class StagedLayers:
         self._row_shape = row_shape
         self._row_numel = row_shape[0] * row_shape[1]
         self._row_bytes = self._row_numel * dtype.itemsize
-        self._runs: list[_Run] = []
+        self._runs = _Runs()
         self._others: list[_Other] = []
         k_from, v_from, at = [], [], 0
         for placed in spans:
@@ -115,14 +153,14 @@ class StagedLayers:
         self.v_from = torch.cat(v_from or none).to(torch.int32)
         self._staged_rows = at
         self._next = 0
-        ring.begin(at, self._row_numel, dtype)
-        self._fetch(_DEPTH)
+        ring.begin(at, self._row_numel, dtype, num_layers)
+        self._fetch(len(ring.slots))
 
     def _plan(self, placed: PlacedSpan, at: int, dtype: torch.dtype) -> list[int]:
         """Note how the rows of a span come; their numbers, run by run."""
         first, end = placed.span.source_start, placed.span.source_start + placed.span.end - placed.span.start
         source = placed.source
-        chunks = source.dense_chunks() if isinstance(source, ChunkSource) and can_copy_rows(self._ring.device) else None
+        chunks = source.dense_chunks() if isinstance(source, ChunkSource) and can_copy_many(self._ring.device) else None
         if chunks is None:
             self._others.append(_Other(placed, first, end - first, at))
             return [end - first]
@@ -134,7 +172,9 @@ class StagedLayers:
             if count > 0:
                 plane = chunk.shape[2] * self._row_bytes
                 start = chunk.data_ptr() + (offset + skipped) * self._row_bytes
-                self._runs.append(_Run(start, 2 * plane, plane, count, at))
+                for index in range(2):
+                    to = (at + index * count) * self._row_bytes
+                    self._runs.add(start + index * plane, 2 * plane, to, count * self._row_bytes)
                 counts.append(count)
                 at += 2 * count
         return counts
@@ -148,7 +188,7 @@ class StagedLayers:
         """
         while self._next <= layer_id:
             self._fetch(1)
-        slot = self._ring.slots[layer_id % _DEPTH]
+        slot = self._ring.slot(layer_id)
         assert slot.layer_id == layer_id
         if slot.arrived is not None:
             torch.cuda.current_stream(self._ring.device).wait_event(slot.arrived)
@@ -176,16 +216,13 @@ class StagedLayers:
 
     def done(self, layer_id: int) -> None:
         """All that reads the layer's staged rows is queued."""
-        slot = self._ring.slots[layer_id % _DEPTH]
-        if self._ring.stream is not None:
-            slot.free = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            slot.free.record(torch.cuda.current_stream(self._ring.device))
+        self._ring.done(layer_id)
         self._fetch(1)
 
     def _fetch(self, layers: int) -> None:
         """Queue the copies of the next layers."""
         for layer_id in range(self._next, min(self._next + layers, self._num_layers)):
-            slot = self._ring.slots[layer_id % _DEPTH]
+            slot = self._ring.slot(layer_id)
             slot.layer_id = layer_id
             self._next = layer_id + 1
             if not self._runs:
@@ -194,11 +231,7 @@ class StagedLayers:
             assert stream is not None
             if slot.free is not None:
                 stream.wait_event(slot.free)
-            to, row = slot.rows.data_ptr(), self._row_bytes
-            for run in self._runs:
-                width = run.num_rows * row
-                source = run.source + layer_id * run.layer_bytes
-                copy_rows(to + run.at * row, width, source, run.plane_bytes, width, 2, stream)
+            self._runs.copy(layer_id, slot.rows.data_ptr(), stream)
             slot.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             slot.arrived.record(stream)
 

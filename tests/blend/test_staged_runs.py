@@ -1,0 +1,85 @@
+"""The copies of a layer, in one call: what they bring is what lies in the chunks."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcache.blend import staged_layers
+from lmcache.blend.batch import PlacedSpan
+from lmcache.blend.chunk_source import ChunkSource
+from lmcache.blend.plan import ReusedSpan
+from lmcache.blend.staged_layers import StagedLayers, StagingRing
+from lmcache.memory.device_copy import Addresses
+
+LAYERS, HEADS, DIM = 5, 2, 4
+
+
+class Chunks(ChunkSource):
+    """Parts of chunks ``[layers, 2, tokens, heads, dim]`` with their first token and their number."""
+
+    def __init__(self, parts: list[tuple[torch.Tensor, int, int]]) -> None:
+        self.parts = parts
+        self.num_tokens = self.length = sum(count for _, _, count in parts)
+
+    def dense_chunks(self) -> list[tuple[torch.Tensor, int, int]]:
+        return self.parts
+
+
+@pytest.fixture(autouse=True)
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+
+    def copy(to: Addresses, source: Addresses, sizes: Addresses, stream: object) -> None:
+        calls.append(len(to))
+        for target, origin, size in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
+            ctypes.memmove(target, origin, size)
+
+    class Event:
+        def record(self, stream: object) -> None: ...
+
+    class Stream:
+        def wait_event(self, event: object) -> None: ...
+
+        def wait_stream(self, stream: object) -> None: ...
+
+    monkeypatch.setattr(staged_layers, "can_copy_many", lambda device: True)
+    monkeypatch.setattr(staged_layers, "copy_many", copy)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(staged_layers.StagingRing, "stream_of_tests", Stream(), raising=False)
+    return calls
+
+
+def ring(kept_bytes: int) -> StagingRing:
+    made = StagingRing(torch.device("cpu"), kept_bytes)
+    made.stream = made.stream_of_tests  # type: ignore[attr-defined]
+    return made
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(0, 2)), min_size=1, max_size=4),
+    cut=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    kept=st.sampled_from([0, 1 << 12, 1 << 20]),
+)
+def test_every_layer_brings_the_rows_of_the_span(
+    parts: list[tuple[int, int, int]], cut: tuple[int, int], kept: int
+) -> None:
+    chunks = [(torch.randn(LAYERS, 2, at + count + rest, HEADS, DIM), at, count) for at, count, rest in parts]
+    source = Chunks(chunks)
+    start = min(cut[0], source.num_tokens - 1)
+    end = max(start + 1, source.num_tokens - cut[1])
+    span = ReusedSpan(0, end - start, source=0, source_start=start)
+    made = ring(kept)
+    staged = StagedLayers([PlacedSpan(0, (0, end - start), span, source)], LAYERS, (HEADS, DIM), torch.float32, made)
+    expected = torch.cat([chunk[:, :, at : at + count] for chunk, at, count in chunks], 2)[:, :, start:end]
+    for layer in range(LAYERS):
+        rows = staged.layer(layer).view(-1, HEADS, DIM)
+        assert torch.equal(rows[staged.k_from.long()], expected[layer, 0])
+        assert torch.equal(rows[staged.v_from.long()], expected[layer, 1])
+        staged.done(layer)
