@@ -8,6 +8,7 @@ import torch
 from lmcache.blend.correctors import kriging_rows
 from lmcache.blend.correctors.interface import LayerCorrection, RowCorrection
 from lmcache.blend.correctors.kriging import KrigingCorrector
+from lmcache.blend.correctors.sampled_span import PieceLimits
 from tests.kernels.needs_triton import DEVICE, require
 
 require()
@@ -32,7 +33,7 @@ class Rows:
 @pytest.mark.parametrize("longest", [1024, 50])
 @pytest.mark.parametrize("share", [0.02, 0.25, 1.0])
 def test_one_by_one_and_together(alike: float, longest: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache.blend.correctors.kriging._LONGEST", longest)
+    monkeypatch.setattr("lmcache.blend.correctors.kriging._LIMITS", PieceLimits(longest, longest // 2))
     torch.manual_seed(0)
     spans = ((0, 130), (135, 150), (160, 300))
     keys, values = torch.randn(2, 300, 2, 16, device=DEVICE)

@@ -11,8 +11,11 @@ import triton.language as tl
 
 from lmcache.kernels.inverse import PANEL, invert
 from lmcache.kernels.kv_rows import KVRows
+from lmcache.kernels.launch import launch
 
 _TILE = 64
+# One variant for all pieces up to 1,024 rows: a new one would be compiled while a request waits.
+_FEWEST_BLOCK_TILES = 16
 MAX_FRESH = 512
 """Fresh rows a piece: its matrix is inverted by one program, in the cache of one multiprocessor."""
 
@@ -270,11 +273,22 @@ def krige(
     weights = torch.empty(covariance.shape, dtype=kv.keys.dtype, device=device)
     exact = "ieee" if kv.keys.dtype == torch.float32 else "tf32"
     shape = {"HEADS": kv.num_heads, "DIM": kv.dim, "ALIGN": kv.alignment, "TILE": _TILE}
-    _sums_kernel[(count, tiles)](
-        pieces.start, pieces.length, kv.offsets, kv.keys, sums, kv.key_head_stride, **shape, num_warps=4
+    launch(
+        _sums_kernel,
+        (count, tiles),
+        pieces.start,
+        pieces.length,
+        kv.offsets,
+        kv.keys,
+        sums,
+        kv.key_head_stride,
+        **shape,
+        num_warps=4,
     )
     for among_fresh in (True, False):
-        _covariance_kernel[(count, fresh_tiles if among_fresh else tiles, fresh_tiles)](
+        launch(
+            _covariance_kernel,
+            (count, fresh_tiles if among_fresh else tiles, fresh_tiles),
             pieces.start,
             pieces.length,
             pieces.first,
@@ -296,7 +310,7 @@ def krige(
             padded,
             tiles,
             **shape,
-            BLOCK_TILES=triton.next_power_of_2(tiles),
+            BLOCK_TILES=max(_FEWEST_BLOCK_TILES, triton.next_power_of_2(tiles)),
             PRECISION=exact,
             AMONG_FRESH=among_fresh,
             num_warps=4,
@@ -304,7 +318,9 @@ def krige(
             num_stages=1,
         )
     invert(among, pieces.count)
-    _weights_kernel[(count, tiles, fresh_tiles)](
+    launch(
+        _weights_kernel,
+        (count, tiles, fresh_tiles),
         pieces.length,
         pieces.count,
         covariance,
@@ -322,7 +338,9 @@ def krige(
         (kv.keys, kv.key_head_stride, fresh_keys),
         (kv.values, kv.value_head_stride, fresh_values),
     ):
-        _shift_kernel[(count, tiles, kv.num_heads)](
+        launch(
+            _shift_kernel,
+            (count, tiles, kv.num_heads),
             pieces.start,
             pieces.length,
             pieces.first,

@@ -6,11 +6,11 @@ import torch
 
 from lmcache.blend.correctors.interface import BatchedCorrector, LayerCorrection, RowCorrection
 from lmcache.blend.correctors.kriging_rows import Covariance, correct_pieces
-from lmcache.blend.correctors.sampled_span import SampledSpan, sampled_spans
+from lmcache.blend.correctors.sampled_span import PieceLimits, SampledSpan, sampled_spans
 from lmcache.blend.cpu_linear import linear
 
 # What a token costs grows with the tokens recomputed in the same piece, so long passages are cut.
-_LONGEST = 1024
+_LIMITS = PieceLimits(tokens=1024, fresh=128)
 
 
 class KrigingCorrector(BatchedCorrector):
@@ -24,7 +24,7 @@ class KrigingCorrector(BatchedCorrector):
 
     and each change has ``noise`` of its own. So recomputed tokens that stand close together, or are alike, count little
     more than one of them: those that draw attention are both, and are no fair sample of their passage. And tokens with
-    keys alike change alike. A passage of more than 1,024 tokens, or with more than 512 recomputed ones, is corrected in
+    keys alike change alike. A passage of more than 1,024 tokens, or with more than 128 recomputed ones, is corrected in
     pieces.
 
     Args:
@@ -60,12 +60,12 @@ class KrigingCorrector(BatchedCorrector):
         self._noise = noise
 
     def correct(self, layer: LayerCorrection) -> None:
-        for span in sampled_spans(layer, _LONGEST):
+        for span in sampled_spans(layer, _LIMITS):
             self._correct(span)
 
     def correct_rows(self, layer: RowCorrection) -> None:
         covariance = Covariance(self._passage, self._local, self._width, self._alike, self._reach, self._noise)
-        correct_pieces(layer, covariance, _LONGEST)
+        correct_pieces(layer, covariance, _LIMITS)
 
     def _correct(self, span: SampledSpan) -> None:
         covariance = self._covariance(span)

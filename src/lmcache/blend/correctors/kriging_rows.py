@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from lmcache.blend.correctors.interface import RowCorrection
-from lmcache.blend.correctors.sampled_span import cut_spans
+from lmcache.blend.correctors.sampled_span import PieceLimits, cut_spans
 from lmcache.kernels.availability import kernels_for
 
 # Elements of the largest matrix of a batch: 128 MiB in float32.
@@ -78,17 +78,17 @@ class PieceBatch:
         return exponent.exp_().mul_(of.local).add_(of.passage).mul_(self.weight[:, None])
 
 
-def correct_pieces(layer: RowCorrection, of: Covariance, longest: int) -> None:
-    """Shift what is not fresh of every span; a span of more than ``longest`` rows is cut."""
+def correct_pieces(layer: RowCorrection, of: Covariance, limits: PieceLimits) -> None:
+    """Shift what is not fresh of every span; a span beyond ``limits`` is cut."""
     key = ("kriging", layer.spans, of)
     correct = layer.memo.get(key)
     if correct is None:
-        correct = layer.memo[key] = _made(layer, longest, of)
+        correct = layer.memo[key] = _made(layer, limits, of)
     correct(layer)
 
 
-def _made(layer: RowCorrection, longest: int, of: Covariance) -> Callable[[RowCorrection], None]:
-    pieces = _pieces(layer, longest)
+def _made(layer: RowCorrection, limits: PieceLimits, of: Covariance) -> Callable[[RowCorrection], None]:
+    pieces = _pieces(layer, limits)
     if not kernels_for(layer.fresh_keys.device):
         return _by_torch(layer, pieces, of)
     from lmcache.kernels.kriging import can_krige
@@ -105,7 +105,7 @@ def _made(layer: RowCorrection, longest: int, of: Covariance) -> Callable[[RowCo
 
 
 def _by_torch(layer: RowCorrection, pieces: list[Piece], of: Covariance) -> Callable[[RowCorrection], None]:
-    made = [PieceBatch(batch, layer.fresh_keys.device) for batch in _batches(pieces)]
+    made = [PieceBatch(batch, layer.fresh_keys.device) for batch in _batches(pieces, alike=True)]
     batches = [(batch, batch.nearness(of)) for batch in made]
 
     def correct(layer: RowCorrection) -> None:
@@ -123,9 +123,12 @@ def _by_kernels(layer: RowCorrection, pieces: list[Piece], of: Covariance) -> Ca
     is_fresh[layer.rows] = 1
     fresh, is_fresh = layer.rows.to(device, torch.int32), is_fresh.to(device)
     batches = []
-    for batch in _batches(pieces):
-        numbers = torch.tensor([(p.start, p.num_rows, p.first, p.num_fresh) for p in batch], dtype=torch.int32)
-        starts, lengths, firsts, counts = numbers.T.contiguous().to(device).unbind(0)
+    for batch in _batches(pieces, alike=False):  # only room is lost where one is shorter
+        # Each row begins at a multiple of 16 bytes: kernels are compiled once for all numbers of pieces.
+        numbers = torch.zeros((4, -(-len(batch) // 4) * 4), dtype=torch.int32)
+        for index, p in enumerate(batch):
+            numbers[:, index] = torch.tensor([p.start, p.num_rows, p.first, p.num_fresh])
+        starts, lengths, firsts, counts = numbers.to(device)[:, : len(batch)].unbind(0)
         longest, most = (max(count) for count in zip(*((p.num_rows, p.num_fresh) for p in batch), strict=True))
         batches.append(Pieces(starts, lengths, firsts, counts, fresh, is_fresh, longest, most))
     constants = asdict(of)
@@ -196,21 +199,22 @@ def _inverse(matrices: torch.Tensor) -> torch.Tensor:
     return torch.bmm(rest.transpose(1, 2), rest)
 
 
-def _pieces(layer: RowCorrection, longest: int) -> list[Piece]:
+def _pieces(layer: RowCorrection, limits: PieceLimits) -> list[Piece]:
     """Those with a fresh row."""
     return [
         Piece(start, end - start, first, last - first, layer.rows[first:last] - start)
-        for start, end, first, last in cut_spans(layer.spans, layer.rows, longest)
+        for start, end, first, last in cut_spans(layer.spans, layer.rows, limits)
     ]
 
 
-def _batches(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Pieces of like size together."""
+def _batches(pieces: list[Piece], *, alike: bool) -> Iterator[list[Piece]]:
+    """Few batches, with ``alike`` of pieces of like size."""
     batch: list[Piece] = []
     rows = most = 0
     for piece in sorted(pieces, key=lambda piece: (piece.num_rows, piece.num_fresh), reverse=True):
         wider = max(most, piece.num_fresh)
-        if batch and ((len(batch) + 1) * rows * wider > _MAX_ELEMENTS or piece.num_rows < rows / 2):
+        too_small = alike and piece.num_rows < rows / 2
+        if batch and ((len(batch) + 1) * rows * wider > _MAX_ELEMENTS or too_small):
             yield batch
             batch, wider = [], piece.num_fresh
         if not batch:

@@ -15,6 +15,14 @@ from lmcache.blend.correctors.interface import LayerCorrection, Memo
 _BLOCK = 1024
 
 
+class PieceLimits(NamedTuple):
+    """A piece of a passage has at most so many ``tokens``, which it is cut into equal pieces for, and ``fresh`` ones
+    among them, which it is halved for: they cost their number cubed."""
+
+    tokens: int
+    fresh: int
+
+
 class SampledTensor(NamedTuple):
     """K or V of a span of ``n`` tokens: ``moved`` ``[n, kv_heads, dim]`` is a view, to be changed in place.
 
@@ -51,17 +59,16 @@ class SampledSpan(NamedTuple):
         return (at[:, None] - self.fresh).to(self.keys.change.dtype)
 
 
-def sampled_spans(layer: LayerCorrection, longest: int | None = None) -> Iterator[SampledSpan]:
+def sampled_spans(layer: LayerCorrection, limits: PieceLimits | None = None) -> Iterator[SampledSpan]:
     """The spans with a recomputed token. Each stands alone, so that a prompt is corrected in a batch as it is alone, to
     the bit.
 
     Args:
-        longest: a span of more tokens is cut into equal pieces, each of which counts as a span; so is one with more
-            than half as many recomputed tokens, which cost their number cubed. None: none is.
+        limits: a span beyond them is cut into pieces, each of which counts as a span. None: none is.
     """
-    pieces: list[_Piece] | None = layer.memo.get((layer.spans, longest))
+    pieces: list[_Piece] | None = layer.memo.get((layer.spans, limits))
     if pieces is None:
-        pieces = layer.memo[layer.spans, longest] = list(_pieces(layer, longest))
+        pieces = layer.memo[layer.spans, limits] = list(_pieces(layer, limits))
     for start, end, rows, fresh, memo in pieces:
         yield SampledSpan(
             fresh,
@@ -81,29 +88,25 @@ class _Piece(NamedTuple):
     memo: Memo
 
 
-def _pieces(layer: LayerCorrection, longest: int | None) -> Iterator[_Piece]:
-    for start, end, first, last in cut_spans(layer.spans, layer.rows.cpu(), longest):
+def _pieces(layer: LayerCorrection, limits: PieceLimits | None) -> Iterator[_Piece]:
+    for start, end, first, last in cut_spans(layer.spans, layer.rows.cpu(), limits):
         fresh = layer.rows[first:last].to(layer.keys.device) - start
         yield _Piece(start, end, slice(first, last), fresh, {})
 
 
 def cut_spans(
-    spans: Sequence[tuple[int, int]], rows: torch.Tensor, longest: int | None
+    spans: Sequence[tuple[int, int]], rows: torch.Tensor, limits: PieceLimits | None
 ) -> Iterator[tuple[int, int, int, int]]:
     """The pieces with a recomputed token: the half-open range of their rows, and that of the ones in ``rows`` (int64,
-    on the CPU, ascending).
-
-    Args:
-        longest: see :func:`sampled_spans`. With it, a piece with more than half as many recomputed tokens is halved.
-    """
+    on the CPU, ascending)."""
     for start, end in spans:
-        pieces = 1 if longest is None else -(-(end - start) // longest)
+        pieces = 1 if limits is None else -(-(end - start) // limits.tokens)
         edges = [start + (end - start) * piece // pieces for piece in range(pieces + 1)]
         waiting = list(pairwise(edges))
         while waiting:
             begin, stop = waiting.pop(0)
             first, last = torch.searchsorted(rows, torch.tensor([begin, stop])).tolist()
-            if longest is not None and last - first > max(1, longest // 2):
+            if limits is not None and last - first > limits.fresh:
                 middle = (begin + stop) // 2
                 waiting[:0] = [(begin, middle), (middle, stop)]
             elif first < last:
