@@ -128,6 +128,9 @@ class LMCacheEngineConfig(BaseModel):
     blend_min_coverage: Float = Field(
         0.3, ge=0, le=1, description="Share of the tokens behind the prefix that must be known; below it no blending."
     )
+    blend_cuda_graphs: Bool = Field(
+        True, description="On a GPU: replay small forwards of a blend as CUDA graphs, captured at the start."
+    )
     extra_config: JsonObject = Field(default_factory=dict, description="Settings of third-party parts (JSON).")
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -30,6 +30,9 @@ class PagedConnector(GPUConnectorInterface):
     def num_layers(self) -> int:
         return self.kv_layout.num_layers
 
+    def warm_up(self) -> None:
+        """Do what would make the first call slow. No page is touched."""
+
     @abstractmethod
     def chunk_views(self, obj: MemoryObj) -> tuple[torch.Tensor, ...]:
         """K and V (only the latent for MLA) of a chunk, each a view ``[layers, blocks, tokens per block, heads, dim]``.

@@ -95,6 +95,18 @@ class StagedConnector(TokenConnector):
             alignment=math.gcd(16 // word, *words) if aligned else 1,
         )
 
+    def warm_up(self) -> None:
+        """Have the kernels compiled; no page is touched."""
+        from lmcache.kernels.chunk_copy import copy_chunk
+
+        at, word = self.kv_layout, self._pages.word
+        planes = len(at.planes)
+        words = at.num_heads * self._pages.head_words
+        staged = torch.zeros((len(self._all_layers), planes, 1, words), dtype=word, device=self._device)
+        nowhere = torch.full((planes,), -1, dtype=torch.int64, device=self._device)
+        for to_pages in (True, False):
+            copy_chunk(staged, self._pages, nowhere, 1, self._all_layers, to_pages=to_pages)
+
     def _move_checked(
         self,
         to_pages: bool,

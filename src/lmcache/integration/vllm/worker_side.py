@@ -89,7 +89,9 @@ class WorkerSide:
             logger.info("CacheBlend is on: policy %s", self._shared.config.blend_policy)
             self._blend_defaults = BlendDefaults(self._shared.config)
             usual = self._blend_defaults.for_request({})
-            self._shared.blender.warm_up(usual.policy, usual.corrector)
+            self._shared.blender.warm_up(
+                usual.policy, usual.corrector, cuda_graphs=self._shared.config.blend_cuda_graphs
+            )
         except UnsupportedModelError as error:
             self.metrics.blend_fallback("unsupported_model")
             logger.warning("CacheBlend stays off: %s", error)
@@ -118,6 +120,7 @@ class WorkerSide:
             logger.warning("The layout %s of backend %s could not be checked by writing", layout.name, writer.backend)
         config = self._shared.config
         connector = make_connector(layout, tensors, config.chunk_size, token_major=config.chunk_layout == "token_major")
+        connector.warm_up()
         logger.info("KV pages: %s, %d layers, moved by %s", layout.name, len(names), type(connector).__name__)
         return connector
 

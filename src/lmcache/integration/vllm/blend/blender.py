@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,8 +104,9 @@ class Blender:
             )
         return cls(model, find_ropes(model), connector, vllm_config.scheduler_config.max_num_batched_tokens)
 
-    def warm_up(self, policy: SelectionPolicy, corrector: Corrector) -> None:
-        """Have the kernels compiled that ``policy`` and ``corrector`` need. Only while the pages are empty."""
+    def warm_up(self, policy: SelectionPolicy, corrector: Corrector, *, cuda_graphs: bool) -> None:
+        """Have the kernels compiled that ``policy`` and ``corrector`` need, and with ``cuda_graphs`` the model's small
+        forwards captured. Only while the pages are empty."""
         if self._ring is None:
             return
         layers = []
@@ -115,6 +117,8 @@ class Blender:
             )
         ways = [(policy, corrector), (make_policy("kv_deviation"), make_corrector("none"))]
         warm_kernels(self._connector, self._ropes, layers, self._ring, ways)
+        if cuda_graphs and self._ring.device.type == "cuda":
+            self._model.capture(self._max_rows)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[PagedRequest]) -> dict[str, BlendReport | Exception]:
@@ -127,14 +131,17 @@ class Blender:
             options = request.prepared.options
             together[id(options.policy), id(options.corrector)].append(request)
         done: dict[str, BlendReport | Exception] = {}
-        for group in together.values():
-            done.update(self._run_group(group))
+        with _one_thread() if self._ring is not None else nullcontext():
+            for group in together.values():
+                done.update(self._run_group(group))
         return done
 
     def _run_group(self, group: list[PagedRequest]) -> dict[str, BlendReport | Exception]:
         try:
             return self._blend(group)
         except Exception as error:
+            if self._ring is not None:
+                self._ring.join()  # the chunks are let go once the current stream has come past
             if len(group) == 1:
                 return {group[0].req_id: error}
         # One of them may have spoilt it for all.
@@ -177,6 +184,17 @@ class Blender:
                 group, result.plans, result.charged_budgets, result.fallbacks, strict=True
             )
         }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """With kernels the host only keeps count of rows: to wake up other threads for that takes longer than to do it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def report_of(prepared: PreparedBlend, report: BlendReport) -> dict[str, Any]:

@@ -17,12 +17,16 @@ from torch import nn
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context, override_forward_context, set_forward_context
 
+from lmcache.blend.captured_model import SIZES, CapturedModel
 from lmcache.blend.host import Attend
 from lmcache.integration.vllm.blend.scoring import Scoring
 from lmcache.integration.vllm.blend.supported import attention_layers, check_served
+from lmcache.observability.logging import init_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
 
 
 class VLLMModel:
@@ -41,6 +45,7 @@ class VLLMModel:
         self.vllm_config = vllm_config
         self.layers = attention_layers(model, vllm_config)
         self._device = vllm_config.device_config.device
+        self._captured: CapturedModel | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -51,12 +56,30 @@ class VLLMModel:
         return int(self.vllm_config.model_config.max_model_len)
 
     @torch.inference_mode()
+    def capture(self, max_rows: int) -> None:
+        """From now on replay forwards of few rows as CUDA graphs, where that is possible."""
+        sizes = [size for size in SIZES if size <= max_rows]
+        if not sizes or get_tp_group().world_size > 1:  # collectives have rules of their own for captures
+            return
+        try:
+            self._captured = CapturedModel(self._run, torch.device(self._device), sizes)
+        except Exception as error:
+            logger.warning(
+                "CacheBlend starts each kernel of the model by itself: CUDA graphs cannot be used: %s", error
+            )
+
+    @torch.inference_mode()
     def run(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """``[n, hidden]``: what ``model.compute_logits`` takes, for ``input_ids`` ``[n]`` at ``positions`` ``[n]``.
 
         vLLM's pages are neither read nor written. At most ``max_num_batched_tokens`` rows: vLLM has sized its buffers
-        by that.
+        by that. The next call may overwrite the outcome.
         """
+        if self._captured is not None and len(input_ids) <= self._captured.max_rows:
+            return self._captured.run(input_ids, positions, attend)
+        return self._run(input_ids, positions, attend)
+
+    def _run(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         with self._calling(attend, len(input_ids)):
             output = self.model(
                 input_ids=input_ids.to(self._device, torch.int32),  # the types of vLLM's own runners
