@@ -103,7 +103,7 @@ DENSE_CALLS: list[int] = []
 
 
 def test_the_engines_own_attention_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RUN_TOKENS", 16), ("_MIN_QUERIES", 32), ("_MIN_KEYS", 40)):
+    for name, value in (("RUN_TOKENS", 16), ("_MIN_QUERIES", 32), ("_MIN_KEYS", 40), ("_MIN_PAIRS", 0)):
         monkeypatch.setattr(dense_runs, name, value)
     monkeypatch.setattr(paged_layer, "RUN_TOKENS", 16)
     DENSE_CALLS.clear()

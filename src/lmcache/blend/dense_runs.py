@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 
 RUN_TOKENS = 128
-# Below that a band is most of the work.
+# Below that a band is most of the work, or all of it is done before the host has started two kernels.
 _MIN_QUERIES = 2 * RUN_TOKENS
 _MIN_KEYS = 4096
+_MIN_PAIRS = 2**22
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class DenseAttention(Protocol):
 def dense_runs(positions: torch.Tensor, slots: torch.Tensor, block_size: int, device: torch.device) -> DenseRuns | None:
     """The runs of queries at ``positions`` (int64 ``[n]``, ascending) of a prompt with ``slots`` (int64 ``[N]``); both
     on the CPU. None where that does not pay, or where the prompt does not lie in whole pages, in order."""
-    if len(positions) < _MIN_QUERIES or len(slots) < _MIN_KEYS:
+    if len(positions) < _MIN_QUERIES or len(slots) < _MIN_KEYS or len(positions) * len(slots) < _MIN_PAIRS:
         return None
     blocks = slots[::block_size] // block_size
     token = torch.arange(len(slots))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -34,9 +35,13 @@ class LayerKV:
         self.layer_id = layer_id
         self.keys = keys
         self.values = values
-        self.fresh = torch.zeros(len(keys), dtype=torch.bool)
+        self._fresh = torch.zeros(len(keys), dtype=torch.bool)
         self.corrected_to = 0
         self.change = {"k": torch.zeros(len(keys)), "v": torch.zeros(len(keys))}
+
+    @property
+    def fresh(self) -> torch.Tensor:
+        return self._fresh
 
     def measure(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Note how far the fresh ``k``, ``v`` of ``rows`` are from what they will overwrite: in ``change``, the sum of
@@ -55,7 +60,7 @@ class LayerKV:
         at = rows.to(self.keys.device)
         self.keys.index_copy_(0, at, k)
         self.values.index_copy_(0, at, v)
-        self.fresh[rows] = True
+        self._fresh[rows] = True
 
     def attention(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
         """Of ``q`` over the rows ``keys``, those of one prompt: :func:`lmcache.blend.attention.sparse_attention`."""
@@ -225,9 +230,13 @@ class BatchKV:
 
     def charged_budgets(self, num_layers: int) -> tuple[float, ...]:
         """One a prompt: the share of (reused token, layer) pairs whose QKV was computed afresh."""
+        masks = {id(layer.fresh): layer.fresh for layer in self._layers.values()}
+        layers_of = Counter(id(layer.fresh) for layer in self._layers.values())
         charged = []
         for start, end in self.batch.prompts:
             reusable = self.batch.reusable[start:end]
-            computed = sum(int((layer.fresh[start:end] & reusable).sum()) for layer in self._layers.values())
+            computed = sum(
+                layers * int((masks[mask][start:end] & reusable).sum()) for mask, layers in layers_of.items()
+            )
             charged.append(computed / max(1, num_layers * int(reusable.sum())))
         return tuple(charged)

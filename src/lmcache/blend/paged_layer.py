@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from lmcache.kernels.sparse_attention import SeenByAll
 
 
+_NO_ROWS = torch.empty(0, 0, 0)
+
+
 class OnDevice:
     """Index tensors of the host, each sent to the device once."""
 
@@ -23,6 +26,7 @@ class OnDevice:
         self.device = device
         self._exact = exact
         self._sent: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._masks: dict[tuple[int, ...], tuple[list[torch.Tensor], torch.Tensor]] = {}
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` as int32."""
@@ -31,6 +35,16 @@ class OnDevice:
     def writable(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` as int32, −1 in place of exact ones."""
         return self._send(rows, writable=True)
+
+    def mask(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """bool ``[N]``, on the host: the rows in any of ``parts``. The same tensor for the same parts."""
+        key = tuple(map(id, parts))
+        if key not in self._masks:
+            mask = torch.zeros_like(self._exact)
+            for rows in parts:
+                mask[rows] = True
+            self._masks[key] = list(parts), mask
+        return self._masks[key][1]
 
     def _send(self, rows: torch.Tensor, *, writable: bool) -> torch.Tensor:
         held = self._sent.get((id(rows), writable))
@@ -69,21 +83,26 @@ class PagedLayer(LayerKV):
     """One layer of the batch in its pages. It has no ``keys`` and ``values`` of its own."""
 
     def __init__(self, layer_id: int, kv: KVRows, sent: OnDevice, pages: PromptPages) -> None:
-        none = torch.empty(0, 0, 0)
-        super().__init__(layer_id, none, none)
-        num_rows = len(kv.offsets)
+        self.layer_id = layer_id
+        self.keys = self.values = _NO_ROWS
+        self.corrected_to = 0
         self.kv = kv
         self._sent = sent
         self._pages = pages
-        self.fresh = torch.zeros(num_rows, dtype=torch.bool)
+        self._written: list[torch.Tensor] = []
         self.change = {}
         self._changes: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def fresh(self) -> torch.Tensor:
+        """The same tensor in all layers with the same fresh rows; not to be changed."""
+        return self._sent.mask(self._written)
 
     def measure(self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         from lmcache.kernels.kv_read import deviation
 
-        first = ~self.fresh[rows]
-        if not bool(first.all()):
+        first = ~self.fresh[rows] if self._written else None
+        if first is not None and not bool(first.all()):
             at = torch.nonzero(first)[:, 0]
             rows, at = rows[at], at.to(k.device)
             k, v = k[at], v[at]
@@ -102,7 +121,7 @@ class PagedLayer(LayerKV):
         from lmcache.kernels.kv_write import write
 
         write(dense_heads(k), dense_heads(v), self._sent.writable(rows), self.kv)
-        self.fresh[rows] = True
+        self._written.append(rows)
 
     def attention(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
         from lmcache.kernels.sparse_attention import sparse_attention

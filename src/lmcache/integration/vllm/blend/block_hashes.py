@@ -31,7 +31,12 @@ class SaltedBlockHashes:
         # The last of them always changes: a block that blended tokens fill later is named after it.
         first = min(exact_tokens // block_size, len(hashes) - 1) if regular else 0
         end = len(hashes) if self._first is None else self._first
-        for index in range(first, end):
-            raw = bytes(hashes[index])
-            hashes[index] = type(hashes[index])(blake3(raw, key=self._salt).digest(len(raw)))
+        if first < end:
+            old = hashes[first]
+            # One stream of bytes for all: thousands of hashes, one by one, would take milliseconds.
+            size = len(bytes(old))
+            stream = blake3(bytes(old), key=self._salt).digest(size * (end - first))
+            for index in range(first, end):
+                at = (index - first) * size
+                hashes[index] = type(old)(stream[at : at + size])
         self._first = min(first, end)

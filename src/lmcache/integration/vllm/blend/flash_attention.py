@@ -62,7 +62,7 @@ def _error(attend: DenseAttention, layer: Any) -> float:
     from lmcache.kernels.sparse_attention import SeenByAll, sparse_attention
 
     keys, values = torch.randn(2, _KEYS, layer.num_kv_heads, layer.head_size, device="cuda").to(torch.bfloat16)
-    positions = torch.arange(_KEYS - 1, 0, -_KEYS // (3 * RUN_TOKENS)).flip(0)
+    positions = torch.arange(_KEYS - 1, 0, -_KEYS // (6 * RUN_TOKENS)).flip(0)
     q = torch.randn(len(positions), layer.num_heads, layer.head_size, device="cuda").to(torch.bfloat16)
     runs = dense_runs(positions, torch.arange(_KEYS), _BLOCK, q.device)
     assert runs is not None
