@@ -19,7 +19,7 @@ from benchmarks.gpu.engine import Answer, Engine
 from benchmarks.gpu.prompts import Prompts, Tokens
 from benchmarks.gpu.setup import OURS, Setup, numbers, parser, whole_numbers
 
-FUNCTIONS, KERNELS = 40, 25
+FUNCTIONS, KERNELS, GAPS = 40, 25, 15
 
 
 class Both:
@@ -72,17 +72,39 @@ def trace(ask: Any, out: Both) -> None:
         return
     out.print(averages.table(sort_by="self_cuda_time_total", row_limit=KERNELS, max_name_column_width=80))
     spans = sorted(
-        (event.time_range.start, event.time_range.end)
+        (event.time_range.start, event.time_range.end, event.name)
         for event in found.events()
         if str(event.device_type).endswith("CUDA")
     )
-    busy, reached = 0.0, float("-inf")
-    for start, end in spans:
+    if spans:
+        print_idle(spans, out)
+
+
+def print_idle(spans: list[tuple[float, float, str]], out: Both) -> None:
+    """``spans``: when each kernel and copy began and ended, in µs. Prints when the GPU was idle, or copied only."""
+    first = spans[0][0]
+    busy = computing = 0.0
+    reached = reached_computing = first
+    gaps: list[tuple[float, float, str, str]] = []
+    before = ""
+    for start, end, name in spans:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    if spans:
-        whole = reached - spans[0][0]
-        out.print(f"{len(spans)} kernels and copies; the GPU is busy for {busy / 1e3:.1f} of {whole / 1e3:.1f} ms")
+        if name.startswith("Memcpy HtoD"):
+            continue
+        if start > reached_computing:
+            gaps.append((start - reached_computing, reached_computing - first, before, name))
+        computing += max(0.0, end - max(start, reached_computing))
+        if end > reached_computing:
+            reached_computing, before = end, name
+    whole = reached - first
+    out.print(
+        f"{len(spans)} kernels and copies; of {whole / 1e3:.1f} ms the GPU is busy for {busy / 1e3:.1f} ms, "
+        f"computing for {computing / 1e3:.1f} ms"
+    )
+    out.print("longest times without a kernel, in ms: how long, from when on, after what, before what")
+    for length, at, last, following in sorted(gaps, reverse=True)[:GAPS]:
+        out.print(f"{length / 1e3:8.2f} {at / 1e3:8.2f}  {last[:50]:50}  {following[:50]}")
 
 
 def main() -> None:
