@@ -57,6 +57,11 @@ class TieredStorage(KVStorage):
         self._closed = False
         self.metrics.watch_tiers(self.stats)
 
+    @property
+    def asks(self) -> bool:
+        """Whether :meth:`ask` can find out anything."""
+        return bool(self._asked)
+
     # Looking
 
     def find(self, keys: Sequence[CacheKey]) -> list[StorageTier]:
