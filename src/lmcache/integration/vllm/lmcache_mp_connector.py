@@ -1,4 +1,4 @@
-"""What vLLM's ``LMCacheMPConnector`` and ``--kv-offloading-backend lmcache`` look for: engines on one ``lmcache server``.
+"""What vLLM's ``LMCacheMPConnector`` and ``--kv-offloading-backend lmcache`` look for: an engine on a server.
 
 ::
 
