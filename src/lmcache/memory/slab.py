@@ -45,7 +45,12 @@ class Slab:
             descriptor = os.memfd_create("lmcache-slab", os.MFD_CLOEXEC)
             os.ftruncate(descriptor, nbytes)
         self.descriptor = descriptor
-        self._pages = _private_pages(nbytes) if descriptor is None else mmap.mmap(descriptor, nbytes)
+        if descriptor is None:
+            # Python's default is a shared mapping, for which the kernel gives no huge pages.
+            self._pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self._pages = mmap.mmap(descriptor, nbytes)
+        _ask_for_huge_pages(self._pages)
         self.buffer = torch.frombuffer(self._pages, dtype=torch.uint8)
         self.pinned = False
         if pin:
@@ -91,15 +96,13 @@ class Slab:
         return not error
 
 
-def _private_pages(nbytes: int) -> mmap.mmap:
-    # Python's default is a shared mapping, for which the kernel gives no huge pages.
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _ask_for_huge_pages(pages: mmap.mmap) -> None:
+    # Shared memory gets them only where the system's `shmem_enabled` is `advise` or more.
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             pages.madvise(mmap.MADV_HUGEPAGE)
         except OSError:
             logger.debug("transparent huge pages are not available")
-    return pages
 
 
 def _cudart() -> Any:

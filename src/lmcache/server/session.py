@@ -61,8 +61,10 @@ class Session:
         try:
             if self._greet():
                 self._listen()
-        except (OSError, ValueError) as error:
-            log_limited(logger, logging.INFO, "server:client", "a client is gone: %r", error)
+        except OSError as error:
+            logger.debug("a client is gone: %r", error)
+        except ValueError as error:
+            log_limited(logger, logging.WARNING, "server:client", "a client talks nonsense and is not heard: %r", error)
         finally:
             self._wait_for_the_end()
             self._server.passages.unsubscribe(self)
