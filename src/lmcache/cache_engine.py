@@ -33,7 +33,7 @@ from lmcache.prompt import Chunk, Prompt, cut, leading_false
 from lmcache.retrieval import Target, all_arrived, copy_arriving
 from lmcache.storage.inquiry import Inquiry
 from lmcache.storage.interface import TierStats
-from lmcache.storage.tiered import TieredStorage
+from lmcache.storage.kv_storage import KVStorage
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LMCacheEngine:
         self,
         config: LMCacheEngineConfig,
         metadata: LMCacheEngineMetadata,
-        storage: TieredStorage,
+        storage: KVStorage,
         gpu_connector: GPUConnectorInterface | None = None,
     ) -> None:
         """Takes over ``storage``: :meth:`close` closes it. Its metrics are the engine's.

@@ -11,13 +11,13 @@ from lmcache.kv_ends import HostLayout, LayerKV, LayerSource, Parts
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.observability.events import CacheStoreEvent, EventBuffer
 from lmcache.prompt import Chunk, Prompt
-from lmcache.storage.tiered import TieredStorage
+from lmcache.storage.kv_storage import KVStorage
 
 
 class ChunkWrites:
     """The chunks that are being stored at this moment. Two stores of one chunk at once copy it once."""
 
-    def __init__(self, storage: TieredStorage, events: EventBuffer | None = None) -> None:
+    def __init__(self, storage: KVStorage, events: EventBuffer | None = None) -> None:
         """``events`` is told of each chunk that was stored."""
         self._storage = storage
         self._events = events

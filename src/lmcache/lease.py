@@ -14,7 +14,7 @@ from typing import NamedTuple
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.metadata import TOKEN_MAJOR
 from lmcache.prompt import Chunk
-from lmcache.storage.tiered import Found, TieredStorage
+from lmcache.storage.kv_storage import Found, KVStorage
 
 
 class LeasedChunk(NamedTuple):
@@ -60,7 +60,7 @@ class PrefixLease:
     @classmethod
     def take(
         cls,
-        storage: TieredStorage,
+        storage: KVStorage,
         chunks: Iterable[Chunk],
         spec: Callable[[int], KVSpec],
         *,
@@ -72,12 +72,9 @@ class PrefixLease:
         Args:
             spec: what a chunk of so many tokens must look like; one that looks otherwise is a miss.
         """
-        hits: list[LeasedChunk] = []
-        for chunk in chunks:
-            found = storage.acquire(chunk.key)
-            if found is None:
-                break
-            hits.append(LeasedChunk(chunk, spec(chunk.num_tokens), found))
+        chunks = list(chunks)
+        found = storage.acquire_leading([chunk.key for chunk in chunks]) if chunks else []
+        hits = [LeasedChunk(chunk, spec(chunk.num_tokens), each) for chunk, each in zip(chunks, found, strict=False)]
         return cls(hits, layout=layout, min_end=min_end)
 
     @property

@@ -14,7 +14,7 @@ from lmcache.blend.chunk_source import ChunkPart
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.segmentation.passage_index import PassageMatch
-from lmcache.storage.tiered import TieredStorage
+from lmcache.storage.kv_storage import KVStorage
 
 
 class PassagePiece(Protocol):
@@ -129,7 +129,7 @@ class PassageLease:
 
     @classmethod
     def take(
-        cls, storage: TieredStorage, matches: Iterable[PassageMatch[CacheKey]], spec: Callable[[int], KVSpec]
+        cls, storage: KVStorage, matches: Iterable[PassageMatch[CacheKey]], spec: Callable[[int], KVSpec]
     ) -> PassageLease:
         """Hold what is there of ``matches`` and start the reads of what lies in slower tiers. Never blocks.
 
@@ -138,13 +138,16 @@ class PassageLease:
         """
         lease = cls()
         reads: list[tuple[_Piece, Future[MemoryObj | None]]] = []
+        matches = list(matches)
+        keys = [piece.key for match in matches for piece in match.pieces]
+        hits = iter(storage.acquire_each(keys) if keys else ())
         for match in matches:
             pieces: list[_Piece] = []
             for piece in match.pieces:
                 old_start = match.old_start + piece.start - match.start
                 held = _Piece(piece.start, piece.end, old_start, piece.offset, tier="")
                 pieces.append(held)
-                if (found := storage.acquire(piece.key)) is None:
+                if (found := next(hits)) is None:
                     held.arrived = True
                     continue
                 held.tier = found.tier.name

@@ -17,7 +17,7 @@ from lmcache.cache_engine import LMCacheEngine
 from lmcache.keys import Tokens, segment_key
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.observability.logging import init_logger, log_limited
-from lmcache.storage.tiered import Found
+from lmcache.storage.kv_storage import Found
 
 logger = init_logger(__name__)
 
@@ -128,7 +128,7 @@ class SegmentStore:
     def get_many(self, passages: Sequence[Tokens]) -> list[StoredSegment | None]:
         """:meth:`get` of several, which are read at the same time. The caller releases each."""
         deadline = time.monotonic() + self._max_wait
-        found = [self._storage.acquire(segment_key(self._namespace, tokens)) for tokens in passages]
+        found = self._storage.acquire_each([segment_key(self._namespace, tokens) for tokens in passages])
         self._metrics.requested(sum(len(tokens) for tokens in passages))
         return [self._opened(hit, len(tokens), deadline) for hit, tokens in zip(found, passages, strict=True)]
 

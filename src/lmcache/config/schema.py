@@ -99,6 +99,13 @@ class LMCacheEngineConfig(BaseModel):
     remote_encryption_keys: OptionalSecret = Field(
         None, description="The keys themselves, id:base64, separated by commas; never shown."
     )
+    server_socket: OptionalDirectory = Field(
+        None,
+        description="Socket of an lmcache server, which then has the memory, disk and store of all; unset: our own.",
+    )
+    server_timeout_seconds: Float = Field(
+        1.0, gt=0, description="How long the server may take for an answer; later it counts as nothing."
+    )
     use_layerwise: Bool = Field(False, description="Load layer by layer while the forward runs.")
     save_decode_cache: Bool = Field(False, description="Also keep the KV of generated tokens.")
     save_unfull_chunk: Bool = Field(False, description="Also keep the last chunk of a prompt when it is not full.")
@@ -138,6 +145,8 @@ class LMCacheEngineConfig(BaseModel):
     @property
     def inexact_codec(self) -> str:
         """The codec because of which KV may come back changed; empty where all of it comes back as it was."""
+        if self.server_socket is not None:
+            return ""  # a server keeps only what is exact
         return "" if self.remote_url is None or self.remote_codec in _EXACT_CODECS else self.remote_codec
 
     @model_validator(mode="after")

@@ -17,6 +17,8 @@ logger = init_logger(__name__)
 ENVIRONMENT_PREFIX = "LMCACHE_"
 CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 ENGINE_PREFIX = "lmcache."
+SERVER_ADDRESS_PREFIX = "lmcache.mp."
+"""Of entries that say where ``LMCacheMPConnector`` finds its server; they are read there."""
 ENGINE_CONFIG = "kv_connector_extra_config"
 # Read elsewhere: these say where the configuration is, and how to log while it is read.
 _OTHER_VARIABLES = (CONFIG_FILE_VARIABLE, LOG_LEVEL_VARIABLE)
@@ -71,7 +73,7 @@ def from_engine(extra_config: Mapping[str, Any], keys: Collection[str]) -> Value
     entries = {
         name: Value(raw, f"{ENGINE_CONFIG} entry {name}")
         for name, raw in extra_config.items()
-        if name.startswith(ENGINE_PREFIX)
+        if name.startswith(ENGINE_PREFIX) and not name.startswith(SERVER_ADDRESS_PREFIX)
     }
     return _known(entries, spelled, ENGINE_CONFIG)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import os
 import threading
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -45,12 +46,18 @@ class SlabAllocator:
     """
 
     def __init__(
-        self, capacity_bytes: int, *, slab_bytes: int = DEFAULT_SLAB_BYTES, pin_memory: bool | None = None
+        self,
+        capacity_bytes: int,
+        *,
+        slab_bytes: int = DEFAULT_SLAB_BYTES,
+        pin_memory: bool | None = None,
+        shared: bool = False,
     ) -> None:
         """Args:
         capacity_bytes: never exceeded; rounded down to whole pages.
         slab_bytes: unit of growth; an object that is larger gets a slab of its own size.
         pin_memory: page-lock each slab with CUDA; None pins when CUDA is there.
+        shared: of memory that other processes can map; see :meth:`place_of`.
 
         Raises:
             ValueError: a size is smaller than a page.
@@ -62,6 +69,7 @@ class SlabAllocator:
         self._capacity = capacity_bytes // GRANULE
         self._slab_size = slab_bytes // GRANULE
         self._pin = pin_memory
+        self._shared = shared
         self._lock = threading.Lock()
         self._count_lock = threading.Lock()
         self._space = FreeSpace()
@@ -103,6 +111,21 @@ class SlabAllocator:
     def owns(self, obj: MemoryObj) -> bool:
         """Whether ``obj`` is a live object of this pool."""
         return self._live.get(obj.offset) is obj
+
+    def place_of(self, obj: MemoryObj) -> tuple[int, int]:
+        """The number of the slab that a live object lies in, and at which byte of it."""
+        with self._lock:
+            slab = self._slab_of(obj.offset)
+            return slab.number, (obj.offset - slab.base) * GRANULE
+
+    def descriptor_of(self, number: int) -> tuple[int, int] | None:
+        """A descriptor of the shared slab ``number``, which is the caller's to close, and the slab's bytes; None when
+        there is no such slab any more."""
+        with self._lock:
+            for slab in self._slabs:
+                if slab.number == number and slab.descriptor is not None:
+                    return os.dup(slab.descriptor), slab.nbytes
+        return None
 
     def live_objects(self) -> list[MemoryObj]:
         """Every object that was not given back yet, in address order."""
@@ -186,7 +209,7 @@ class SlabAllocator:
         last = self._slabs[-1] if self._slabs else None
         base = _end(last) + 1 if last else 0
         pin = torch.cuda.is_available() if self._pin is None else self._pin
-        self._slabs.append(Slab(base, slab_size * GRANULE, pin=pin))
+        self._slabs.append(Slab(base, slab_size * GRANULE, pin=pin, shared=self._shared))
         self._reserved += slab_size
         self._space.give(base, slab_size)
         return True
@@ -219,7 +242,7 @@ class SlabAllocator:
             self._space.withdraw(slab.base)
             self._reserved -= slab.nbytes // GRANULE
             self._slabs.remove(slab)
-            slab.close()
+            slab.discard()
 
     def _unmap(self) -> None:
         for slab in self._slabs:

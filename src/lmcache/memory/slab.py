@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import mmap
+import os
 from typing import Any
 
 import torch
@@ -14,31 +16,63 @@ logger = logging.getLogger(__name__)
 _CUDA_HOST_REGISTER_PORTABLE = 1  # pinned for every CUDA context, not only for the current one
 
 
+_numbers = itertools.count()
+
+
 class Slab:
-    """``nbytes`` of anonymous memory that the kernel hands out page by page as they are first written.
+    """``nbytes`` of memory that the kernel hands out page by page as they are first written.
 
     Reserving is free: neither time nor resident memory depends on ``nbytes``. Pinning makes every page resident.
     """
 
-    def __init__(self, base: int, nbytes: int, *, pin: bool) -> None:
+    def __init__(
+        self, base: int, nbytes: int, *, pin: bool, shared: bool = False, descriptor: int | None = None
+    ) -> None:
         """Args:
         base: where the slab starts in its pool's address space, in granules.
         pin: page-lock it with CUDA; memory that cannot be pinned is used as it is.
+        shared: other processes can map it too, by way of ``descriptor``.
+        descriptor: of another process's shared slab, which is mapped instead of fresh memory; taken over.
+
+        Raises:
+            OSError: there is no memory to share.
         """
         self.base = base
         self.nbytes = nbytes
-        # Python's default is a shared mapping, for which the kernel gives no huge pages.
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                pages.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                logger.debug("transparent huge pages are not available")
-        self.buffer = torch.frombuffer(pages, dtype=torch.uint8)
-        self.pinned = pin and self._register()
+        self.number = next(_numbers)
+        """No two slabs of this process have the same."""
+        if shared:
+            descriptor = os.memfd_create("lmcache-slab", os.MFD_CLOEXEC)
+            os.ftruncate(descriptor, nbytes)
+        self.descriptor = descriptor
+        if descriptor is None:
+            # Python's default is a shared mapping, for which the kernel gives no huge pages.
+            self._pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self._pages = mmap.mmap(descriptor, nbytes)
+        _ask_for_huge_pages(self._pages)
+        self.buffer = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self.pinned = False
+        if pin:
+            self.pin()
+
+    def pin(self) -> None:
+        """Page-lock it with CUDA, if that can be done."""
+        self.pinned = self.pinned or self._register()
+
+    def discard(self) -> None:
+        """:meth:`close`, and the memory goes back to the system although other processes may still have mapped it:
+        what they read from it is zeros from now on."""
+        if self.descriptor is not None and hasattr(mmap, "MADV_REMOVE"):
+            with contextlib.suppress(OSError):
+                self._pages.madvise(mmap.MADV_REMOVE)
+        self.close()
 
     def close(self) -> None:
         """Unpin and give up the memory; the slab is not to be used again."""
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
         if self.pinned:
             error = int(_cudart().cudaHostUnregister(self.buffer.data_ptr()))
             if error:
@@ -47,7 +81,7 @@ class Slab:
             self.pinned = False
         # The tensor keeps the mapping alive, but the mapping does not know of its views: unmapping explicitly would
         # leave a view that somebody still holds pointing at nothing. The last one to go unmaps.
-        del self.buffer
+        del self.buffer, self._pages
 
     def _register(self) -> bool:
         error = int(_cudart().cudaHostRegister(self.buffer.data_ptr(), self.nbytes, _CUDA_HOST_REGISTER_PORTABLE))
@@ -60,6 +94,15 @@ class Slab:
             )
             _forget_cuda_error()
         return not error
+
+
+def _ask_for_huge_pages(pages: mmap.mmap) -> None:
+    # Shared memory gets them only where the system's `shmem_enabled` is `advise` or more.
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            logger.debug("transparent huge pages are not available")
 
 
 def _cudart() -> Any:

@@ -29,9 +29,10 @@ class LocalCPUTier(StorageTier):
         *,
         slab_bytes: int = DEFAULT_SLAB_BYTES,
         pin_memory: bool | None = None,
+        shared: bool = False,
     ) -> None:
         """``policy`` is a name that :func:`make_policy` knows; the rest as in :class:`SlabAllocator`."""
-        self.pool = SlabAllocator(capacity_bytes, slab_bytes=slab_bytes, pin_memory=pin_memory)
+        self.pool = SlabAllocator(capacity_bytes, slab_bytes=slab_bytes, pin_memory=pin_memory, shared=shared)
         # Always taken before the pool's lock, never while holding it.
         self._lock = threading.Lock()
         self._policy: EvictionPolicy[CacheKey] = make_policy(policy)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 
 
@@ -18,6 +19,25 @@ class Inquiry:
     def ready(self) -> bool:
         """Never blocks."""
         return all(answer.done() for answer in self._asked) or time.monotonic() >= self._until
+
+    def when_over(self, call: Callable[[], None]) -> None:
+        """Call ``call`` once every tier has answered, whether in time or not; at once where none was asked."""
+        left = len(self._asked)
+        if not left:
+            call()
+            return
+        lock = threading.Lock()
+
+        def answered(_: Future[None]) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                last = left == 0
+            if last:
+                call()
+
+        for each in self._asked:
+            each.add_done_callback(answered)
 
     def wait(self) -> None:
         """Wait until :meth:`ready`."""

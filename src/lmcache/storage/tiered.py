@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
@@ -19,21 +19,14 @@ from lmcache.observability.metrics import Metrics
 from lmcache.storage.cpu import LocalCPUTier
 from lmcache.storage.inquiry import Inquiry
 from lmcache.storage.interface import StorageTier, TierStats
+from lmcache.storage.kv_storage import Found, KVStorage
 
 logger = init_logger(__name__)
 
 T = TypeVar("T")
 
 
-class Found(NamedTuple):
-    """A hit: the tier that has it, and the object with one reference for the caller, or the read that will give it."""
-
-    tier: StorageTier
-    obj: MemoryObj | None
-    read: Future[MemoryObj | None] | None
-
-
-class TieredStorage:
+class TieredStorage(KVStorage):
     """Host memory first, then slower tiers in the given order. Thread-safe; a fault of a tier is a miss, never raised.
 
     What is put goes to memory at once and to every slower tier when that gets to it. What is read from a slower tier
@@ -64,13 +57,15 @@ class TieredStorage:
         self._closed = False
         self.metrics.watch_tiers(self.stats)
 
+    @property
+    def asks(self) -> bool:
+        """Whether :meth:`ask` can find out anything."""
+        return bool(self._asked)
+
     # Looking
 
     def find(self, keys: Sequence[CacheKey]) -> list[StorageTier]:
-        """The fastest tier of each leading hit: as long as the run of ``keys`` from the first that are all there.
-
-        Touches only indexes; about 0.1 µs a key.
-        """
+        """See :meth:`KVStorage.find`. Touches only indexes; about 0.1 µs a key."""
         if self._closed:
             return []
         probes = [(tier, tier.contains) for tier in (*self._keeping, *self._sources)]
@@ -87,8 +82,8 @@ class TieredStorage:
             self._gave_up("lookup", error)
         return hits
 
-    def contains(self, key: CacheKey) -> bool:
-        return bool(self.find([key]))
+    def holds(self, keys: Sequence[CacheKey]) -> list[bool]:
+        return [bool(self.find([key])) for key in keys]
 
     def ask(self, keys: Sequence[CacheKey], timeout: float) -> Inquiry:
         """Have the tiers find out which of ``keys`` they hold, as far as that takes a question to their medium. Never
@@ -116,6 +111,17 @@ class TieredStorage:
         if tier is None:
             return None
         return Found(tier, None, self.fetch(key, tier))
+
+    def acquire_leading(self, keys: Sequence[CacheKey]) -> list[Found]:
+        hits: list[Found] = []
+        for key in keys:
+            if (found := self.acquire(key)) is None:
+                break
+            hits.append(found)
+        return hits
+
+    def acquire_each(self, keys: Sequence[CacheKey]) -> list[Found | None]:
+        return [self.acquire(key) for key in keys]
 
     def fetch(self, key: CacheKey, tier: StorageTier) -> Future[MemoryObj | None]:
         """Start reading ``key`` from ``tier``. What it gives is in memory when the future is done, and on its way to

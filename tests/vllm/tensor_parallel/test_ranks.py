@@ -19,7 +19,6 @@ pytest.importorskip("vllm", reason="the adapter imports vLLM")
 from lmcache.integration.vllm.connector_metadata import LMCacheConnectorMetadata, SaveOp
 from lmcache.integration.vllm.parallel import ranks as ranks_module
 from lmcache.integration.vllm.parallel.failed_loads import FailedLoads
-from lmcache.integration.vllm.parallel.frames import MAX_FRAME_BYTES, receive_frame, send_frame
 from lmcache.integration.vllm.parallel.messages import PROTOCOL, Describe, Description, Hello, LookUp
 from lmcache.integration.vllm.parallel.placement import config_of_rank
 from lmcache.integration.vllm.parallel.planned_saves import PlannedSaves
@@ -30,6 +29,7 @@ from lmcache.integration.vllm.parallel.rendezvous import listen, socket_path
 from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.manager import LMCacheManager
 from lmcache.observability.metrics import Metrics
+from lmcache.sockets.frames import MAX_FRAME_BYTES, receive_frame, send_frame
 from tests.engine.helpers import CHUNK, PagesConnector, make_config, make_metadata, tokens_of
 
 pytestmark = pytest.mark.vllm

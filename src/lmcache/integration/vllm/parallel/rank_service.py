@@ -16,7 +16,6 @@ import numpy as np
 from lmcache.blend.find_passages import ask_others, find_matches
 from lmcache.blend.passage_lease import PassageLease
 from lmcache.integration.guard import report_failure
-from lmcache.integration.vllm.parallel.frames import ConnectionLostError, receive_frame, send_frame
 from lmcache.integration.vllm.parallel.messages import (
     PROTOCOL,
     Answer,
@@ -43,12 +42,14 @@ from lmcache.integration.vllm.parallel.messages import (
     WhatBecameOf,
     split_digests,
 )
-from lmcache.integration.vllm.parallel.rendezvous import is_same_user, listen, socket_path
+from lmcache.integration.vllm.parallel.rendezvous import listen, socket_path
 from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.keys import CacheKey, Namespace, PrefixKey, SegmentKey
 from lmcache.lease import PrefixLease
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.segmentation.passage_index import PassageMatch, Piece
+from lmcache.sockets.frames import ConnectionLostError, receive_frame, send_frame
+from lmcache.sockets.local import is_same_user
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

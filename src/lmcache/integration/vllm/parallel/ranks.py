@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import msgspec
 
-from lmcache.integration.vllm.parallel.frames import receive_frame, send_frame
 from lmcache.integration.vllm.parallel.messages import (
     PROTOCOL,
     Hello,
@@ -19,9 +18,10 @@ from lmcache.integration.vllm.parallel.messages import (
     Reply,
     Request,
 )
-from lmcache.integration.vllm.parallel.rendezvous import is_same_user
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.observability.metrics import Metrics
+from lmcache.sockets.frames import receive_frame, send_frame
+from lmcache.sockets.local import is_same_user
 
 logger = init_logger(__name__)
 

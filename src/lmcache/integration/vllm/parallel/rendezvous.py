@@ -1,17 +1,13 @@
-"""Where the ranks of an engine are found by its scheduler: sockets in a directory that only this user may enter."""
+"""Where the ranks of an engine are found by its scheduler."""
 
 from __future__ import annotations
 
-import os
 import socket
-import stat
-import struct
-import tempfile
 from pathlib import Path
 
 from blake3 import blake3
 
-_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+from lmcache.sockets import local
 
 
 def socket_path(engine_id: str, rank: int) -> Path:
@@ -20,49 +16,10 @@ def socket_path(engine_id: str, rank: int) -> Path:
     Raises:
         OSError: the directory cannot be made, or is not ours alone.
     """
-    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    directory = parent / f"lmcache-{os.getuid()}"
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except PermissionError:  # a runtime directory of another user, inherited through su or sudo
-        directory = Path(tempfile.gettempdir()) / f"lmcache-{os.getuid()}"
-        directory.mkdir(mode=0o700, exist_ok=True)
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{directory} must be a directory that belongs to this user and is closed to all others")
     # Short, because the path of a Unix socket has room for about 100 bytes.
-    return directory / f"{blake3(engine_id.encode()).hexdigest(8)}-{rank}.sock"
+    return local.private_directory() / f"{blake3(engine_id.encode()).hexdigest(8)}-{rank}.sock"
 
 
 def listen(path: Path) -> socket.socket:
-    """A listening socket at ``path``. What a process that died left there is removed.
-
-    Raises:
-        OSError: the path is in use by a living process, or cannot be made.
-    """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.exists():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                try:
-                    probe.connect(str(path))
-                except ConnectionRefusedError:
-                    path.unlink(missing_ok=True)
-                else:
-                    raise FileExistsError(f"{path} is in use: two engines on this host have the same engine_id")
-        listener.bind(str(path))
-        path.chmod(0o600)
-        listener.listen()
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def is_same_user(connection: socket.socket) -> bool:
-    """Whether the process at the other end runs as our user, as the kernel says."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True  # not Linux: the directory's permissions have to do
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(raw)
-    return bool(uid == os.getuid())
+    """As :func:`lmcache.sockets.local.listen`."""
+    return local.listen(path, in_use="two engines on this host have the same engine_id")

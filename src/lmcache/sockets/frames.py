@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 
@@ -44,3 +45,28 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
             raise ConnectionLostError("the other side has closed the connection")
         data += part
     return bytes(data)
+
+
+def send_descriptor(connection: socket.socket, payload: bytes, descriptor: int) -> None:
+    """:func:`send_frame` with an open file, of which the other side gets a descriptor of its own."""
+    frame = _LENGTH.pack(len(payload)) + payload
+    sent = socket.send_fds(connection, [frame], [descriptor])
+    connection.sendall(frame[sent:])
+
+
+def receive_descriptor(connection: socket.socket) -> tuple[bytes, int | None]:
+    """The next payload, and the open file that came with it, which is the caller's to close; errors as in
+    :func:`receive_frame`."""
+    head, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, 1)
+    descriptor = descriptors[0] if descriptors else None
+    try:
+        if not head:
+            raise ConnectionLostError("the other side has closed the connection")
+        (length,) = _LENGTH.unpack(head + _exactly(connection, _LENGTH.size - len(head)))
+        if length > MAX_FRAME_BYTES:
+            raise ConnectionLostError(f"a frame of {length} bytes, at most {MAX_FRAME_BYTES} are allowed")
+        return _exactly(connection, length), descriptor
+    except BaseException:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise
