@@ -285,7 +285,7 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(make_pool, monkeypatch, c
     cudart = FakeCudart(result=2)
     cleared = []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(slab, "_forget_cuda_error", lambda: cleared.append(True))
+    monkeypatch.setattr(slab, "forget_cuda_error", lambda: cleared.append(True))
     pool = make_pool(8 * MIB, pin_memory=True)
     with caplog.at_level(logging.WARNING), pool.allocate(spec(MIB)) as obj:
         obj.bytes.fill_(1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lmcache.bench.raw_copy import copy_chunks, one_thread, pool_like_chunks, touched
+from lmcache.bench.raw_copy import copy_chunks, pool_like_chunks, touched
 from lmcache.bench.rows import Row
 from lmcache.bench.settings import Settings
 from lmcache.bench.shapes import CHUNK_SIZE, LLAMA_8B, SMOLLM2, SMOLLM2_FP32, ModelShape, random_prompt
@@ -19,6 +19,7 @@ from lmcache.cache_engine import LMCacheEngine
 from lmcache.config import LMCacheEngineConfig
 from lmcache.config.schema import GIB
 from lmcache.manager import LMCacheManager
+from lmcache.memory.one_thread import one_thread
 
 SHAPES = (SMOLLM2, SMOLLM2_FP32, LLAMA_8B)
 MIN_SHARE = 0.9

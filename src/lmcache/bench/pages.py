@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from lmcache.bench.raw_copy import copy_chunks, one_thread, pool_like_chunks, touched
+from lmcache.bench.raw_copy import copy_chunks, pool_like_chunks, touched
 from lmcache.bench.rows import Row
 from lmcache.bench.settings import Settings
 from lmcache.bench.shapes import CHUNK_SIZE, LLAMA_8B, SMOLLM2, SMOLLM2_FP32, ModelShape, random_prompt
@@ -17,6 +17,7 @@ from lmcache.bench.timing import Work, median, share, take_turns
 from lmcache.config import LMCacheEngineConfig
 from lmcache.config.schema import GIB
 from lmcache.manager import LMCacheManager
+from lmcache.memory.one_thread import one_thread
 from lmcache.paging.detect import PageHints, detect_layout
 from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.paging.make_connector import make_connector

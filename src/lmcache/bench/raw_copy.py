@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
@@ -24,14 +23,3 @@ def copy_chunks(target: Sequence[torch.Tensor] | torch.Tensor, source: Sequence[
     """One ``copy_`` a chunk."""
     for to, this in zip(target, source, strict=True):
         to.copy_(this)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Both sides copy on one thread, as vLLM's CPU workers and our own run on a small machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lmcache.memory.slab import forget_cuda_error
+
 logger = logging.getLogger(__name__)
 
 Addresses: TypeAlias = npt.NDArray[np.uint64]
@@ -49,7 +51,6 @@ class _Runtime:
     def __init__(self, library: Any) -> None:
         self._copy = library.cudaMemcpyAsync
         self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
-        self._last_error = library.cudaGetLastError
         version = ctypes.c_int()
         library.cudaRuntimeGetVersion(ctypes.byref(version))
         self._batch: Callable[..., int] | None = None
@@ -73,13 +74,13 @@ class _Runtime:
             )
             if not error:
                 return
-            self._last_error()  # or the engine's next launch would report it
+            forget_cuda_error()
             self._batch = None
             logger.info("copies to the GPU are queued one by one: cudaMemcpyBatchAsync gave CUDA error %d", error)
         for target, origin, size in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
             error = self._copy(target, origin, size, _HOST_TO_DEVICE, stream)
             if error:
-                self._last_error()
+                forget_cuda_error()
                 raise RuntimeError(f"cudaMemcpyAsync: CUDA error {error}")
 
 

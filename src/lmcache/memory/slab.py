@@ -77,7 +77,7 @@ class Slab:
             error = int(_cudart().cudaHostUnregister(self.buffer.data_ptr()))
             if error:
                 logger.warning("cannot unpin %d MiB of host memory (CUDA error %d)", self.nbytes >> 20, error)
-                _forget_cuda_error()
+                forget_cuda_error()
             self.pinned = False
         # The tensor keeps the mapping alive, but the mapping does not know of its views: unmapping explicitly would
         # leave a view that somebody still holds pointing at nothing. The last one to go unmaps.
@@ -92,7 +92,7 @@ class Slab:
                 self.nbytes >> 20,
                 error,
             )
-            _forget_cuda_error()
+            forget_cuda_error()
         return not error
 
 
@@ -109,7 +109,7 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _forget_cuda_error() -> None:
+def forget_cuda_error() -> None:
     """CUDA reports a failed call once more at the next kernel launch, which would be the engine's. Launch one here."""
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")

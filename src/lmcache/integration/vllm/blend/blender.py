@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,7 @@ from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
 from lmcache.integration.vllm.blend.scoring import Scoring
+from lmcache.memory.one_thread import one_thread
 from lmcache.observability.logging import init_logger
 from lmcache.paging.paged_connector import PagedConnector
 
@@ -131,7 +132,8 @@ class Blender:
             options = request.prepared.options
             together[id(options.policy), id(options.corrector)].append(request)
         done: dict[str, BlendReport | Exception] = {}
-        with _one_thread() if self._ring is not None else nullcontext():
+        # With kernels the host only keeps count of rows: to wake up other threads takes longer than to do it.
+        with one_thread() if self._ring is not None else nullcontext():
             for group in together.values():
                 done.update(self._run_group(group))
         return done
@@ -184,17 +186,6 @@ class Blender:
                 group, result.plans, result.charged_budgets, result.fallbacks, strict=True
             )
         }
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """With kernels the host only keeps count of rows: to wake up other threads for that takes longer than to do it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def report_of(prepared: PreparedBlend, report: BlendReport) -> dict[str, Any]:
