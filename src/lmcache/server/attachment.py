@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
@@ -65,7 +64,7 @@ class Attachment:
             raise
         self._call_lock = threading.Lock()
         self._lock = threading.Lock()
-        self._tickets = count()
+        self._next_ticket = 0
         self._reads: dict[int, Future[MemoryObj | None]] = {}
         self._asked: dict[int, Future[None]] = {}
         self._live: dict[int, MemoryObj] = {}
@@ -90,8 +89,7 @@ class Attachment:
     def tickets(self, number: int) -> range:
         """So many numbers that were not used before."""
         with self._lock:
-            first = next(self._tickets)
-            self._tickets = count(first + number)
+            first, self._next_ticket = self._next_ticket, self._next_ticket + number
         return range(first, first + number)
 
     def expect_reads(self, tickets: Sequence[int]) -> dict[int, Future[MemoryObj | None]]:

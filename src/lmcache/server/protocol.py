@@ -16,6 +16,7 @@ import msgspec
 
 from lmcache.keys import KEY_BYTES, CacheKey, PrefixKey, SegmentKey
 from lmcache.memory.memory_obj import KVSpec
+from lmcache.storage.interface import TierStats
 from lmcache.storage.spec_codec import decode_spec, encode_spec
 
 PROTOCOL = 1
@@ -240,9 +241,9 @@ class Acquired(Message, frozen=True):
 
 
 class TierCounts(Message, frozen=True):
-    """Fields of :class:`lmcache.storage.interface.TierStats`, by tier."""
+    """By tier, fastest first."""
 
-    tiers: dict[str, tuple[int, int, int, int, int, int, int, dict[str, int]]]
+    tiers: dict[str, TierStats]
 
 
 class Refused(Message, frozen=True):

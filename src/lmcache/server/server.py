@@ -12,7 +12,7 @@ from pathlib import Path
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.segmentation.passage_catalog import PassageCatalog
 from lmcache.server.passage_board import PassageBoard
-from lmcache.server.session import Session, wait_until
+from lmcache.server.session import Session
 from lmcache.sockets.local import listen, peer_uid
 from lmcache.storage.cpu import LocalCPUTier
 from lmcache.storage.tiered import TieredStorage
@@ -48,7 +48,7 @@ class CacheServer:
         self.generation = os.urandom(16)
         self.path = path
         self._allowed = allowed_uids | {os.getuid()}
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._sessions: set[Session] = set()
         self._closed = False
         self._listener = listen(path, "another server listens there")
@@ -60,7 +60,7 @@ class CacheServer:
 
     @property
     def clients(self) -> int:
-        with self._lock:
+        with self._changed:
             return len(self._sessions)
 
     def close(self, patience: float = 1.0) -> None:
@@ -68,7 +68,7 @@ class CacheServer:
 
         Nothing that a client may still be reading is overwritten: its own mapping outlives the server.
         """
-        with self._lock:
+        with self._changed:
             if self._closed:
                 return
             self._closed = True
@@ -84,7 +84,8 @@ class CacheServer:
         self.storage.close()
         for session in sessions:
             session.disconnect()
-        wait_until(lambda: not self.clients, patience)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._sessions, patience)
 
     def _accept(self) -> None:
         while True:
@@ -107,7 +108,7 @@ class CacheServer:
 
     def _serve(self, connection: socket.socket) -> None:
         session = Session(self, connection)
-        with self._lock:
+        with self._changed:
             if self._closed:
                 connection.close()
                 return
@@ -115,5 +116,6 @@ class CacheServer:
         try:
             session.run()
         finally:
-            with self._lock:
+            with self._changed:
                 self._sessions.discard(session)
+                self._changed.notify_all()

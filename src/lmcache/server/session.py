@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -53,7 +52,7 @@ class Session:
             p.Unpin: self._unpin,
             p.Clear: lambda call: p.Number(self._storage.clear()),
             p.Flush: lambda call: p.Flags(bytes([self._storage.flush(0.0)])),
-            p.Stats: self._stats,
+            p.Stats: lambda call: p.TierCounts(self._storage.stats()),
         }
 
     def run(self) -> None:
@@ -193,23 +192,6 @@ class Session:
         self.holdings.unpin(call.keys.decode())
         return p.Done()
 
-    def _stats(self, call: p.Stats) -> p.Reply:
-        return p.TierCounts(
-            {
-                name: (
-                    each.entries,
-                    each.used_bytes,
-                    each.capacity_bytes,
-                    each.hits,
-                    each.misses,
-                    each.evictions,
-                    each.dropped_puts,
-                    each.failures,
-                )
-                for name, each in self._storage.stats().items()
-            }
-        )
-
     def _map_slab(self, call: p.MapSlab) -> None:
         assert self._calls is not None
         found = self._server.memory.pool.descriptor_of(call.slab)
@@ -226,13 +208,3 @@ class Session:
 def _shut(connection: socket.socket) -> None:
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-
-
-def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
-    """Whether ``condition`` came true in ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True

@@ -172,7 +172,7 @@ class ServerStorage(KVStorage):
             if time.monotonic() - self._stats_at > _STATS_SECONDS:
                 said = self._try("stats", lambda server: _expect(server.call(p.Stats()), p.TierCounts), None)
                 if said is not None:
-                    self._stats = {name: TierStats(*counts) for name, counts in said.tiers.items()}
+                    self._stats = said.tiers
                 self._stats_at = time.monotonic()
             return self._stats
 

@@ -16,11 +16,15 @@ class ConnectionLostError(ConnectionError):
     """The other side is gone, or does not speak our protocol."""
 
 
+def _frame(payload: bytes) -> bytes:
+    return _LENGTH.pack(len(payload)) + payload
+
+
 def send_frame(connection: socket.socket, payload: bytes) -> None:
     """Raises:
     OSError: the other side is gone, or took nothing within the socket's timeout.
     """
-    connection.sendall(_LENGTH.pack(len(payload)) + payload)
+    connection.sendall(_frame(payload))
 
 
 def receive_frame(connection: socket.socket) -> bytes:
@@ -31,7 +35,11 @@ def receive_frame(connection: socket.socket) -> bytes:
         TimeoutError: nothing came within the socket's timeout. Part of a frame may have been read then: the connection
             is of no further use.
     """
-    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
+    return _payload(connection, _exactly(connection, _LENGTH.size))
+
+
+def _payload(connection: socket.socket, head: bytes) -> bytes:
+    (length,) = _LENGTH.unpack(head)
     if length > MAX_FRAME_BYTES:
         raise ConnectionLostError(f"a frame of {length} bytes, at most {MAX_FRAME_BYTES} are allowed")
     return _exactly(connection, length)
@@ -49,7 +57,7 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 
 def send_descriptor(connection: socket.socket, payload: bytes, descriptor: int) -> None:
     """:func:`send_frame` with an open file, of which the other side gets a descriptor of its own."""
-    frame = _LENGTH.pack(len(payload)) + payload
+    frame = _frame(payload)
     sent = socket.send_fds(connection, [frame], [descriptor])
     connection.sendall(frame[sent:])
 
@@ -62,10 +70,7 @@ def receive_descriptor(connection: socket.socket) -> tuple[bytes, int | None]:
     try:
         if not head:
             raise ConnectionLostError("the other side has closed the connection")
-        (length,) = _LENGTH.unpack(head + _exactly(connection, _LENGTH.size - len(head)))
-        if length > MAX_FRAME_BYTES:
-            raise ConnectionLostError(f"a frame of {length} bytes, at most {MAX_FRAME_BYTES} are allowed")
-        return _exactly(connection, length), descriptor
+        return _payload(connection, head + _exactly(connection, _LENGTH.size - len(head))), descriptor
     except BaseException:
         if descriptor is not None:
             os.close(descriptor)
