@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.engine.helpers import kv_of, tokens_of
+from tests.eventually import eventually
 from tests.server.clients import manager_at
-from tests.server.processes import ClientProcess, ServerProcess, eventually
+from tests.server.processes import ClientProcess, ServerProcess
 
 
 @pytest.fixture

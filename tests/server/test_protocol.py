@@ -16,8 +16,8 @@ from lmcache.memory.memory_obj import KVSpec
 from lmcache.server import protocol as p
 from lmcache.sockets.frames import receive_descriptor, receive_frame, send_frame
 from tests.engine.helpers import kv_of, tokens_of
+from tests.eventually import eventually
 from tests.server.clients import manager_at
-from tests.server.processes import eventually
 
 raw_keys = st.binary(min_size=48, max_size=48)
 

@@ -16,8 +16,8 @@ from lmcache.server.server import CacheServer
 from lmcache.storage.cpu import LocalCPUTier
 from lmcache.storage.tiered import TieredStorage
 from tests.engine.helpers import SlowTier, kv_of, make_config, make_metadata, tokens_of
+from tests.eventually import eventually
 from tests.server.clients import manager_at
-from tests.server.processes import eventually
 
 SPACE = Namespace(model="m", kv_dtype="float32", layout="test")
 SPEC = KVSpec((2, 512), torch.float32, "test", 4)

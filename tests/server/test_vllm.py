@@ -12,7 +12,7 @@ import torch
 from lmcache.server.serve import open_server
 from lmcache.server.server import CacheServer
 from tests.engine.helpers import make_config
-from tests.server.processes import eventually
+from tests.eventually import eventually
 from tests.vllm.harness import run
 from tests.vllm.tensor_parallel.small_model import prompt, save
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from lmcache.manager import LMCacheManager
 from lmcache.observability.metrics import Metrics
 from lmcache.sockets.frames import MAX_FRAME_BYTES, receive_frame, send_frame
 from tests.engine.helpers import CHUNK, PagesConnector, make_config, make_metadata, tokens_of
+from tests.eventually import eventually
 
 pytestmark = pytest.mark.vllm
 
@@ -82,13 +82,6 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
         yield Engine(stack, tmp_path)
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 30
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
-
-
 def test_a_lease_is_as_long_as_the_shortest_of_all_ranks(engine: Engine) -> None:
     engine.store(0, 5 * CHUNK)
     engine.store(1, 3 * CHUNK)
@@ -101,7 +94,7 @@ def test_a_lease_is_as_long_as_the_shortest_of_all_ranks(engine: Engine) -> None
     assert [engine.held(rank) for rank in range(WORLD)] == [5, 3]
     lease.release()
     lease.release()
-    assert eventually(lambda: not any(engine.held(rank) for rank in range(WORLD)))
+    assert eventually(lambda: not any(engine.held(rank) for rank in range(WORLD)), seconds=30)
     assert engine.metrics.snapshot().get('lmcache_failures_total{reason="rank"}', 0) == 0
 
 
@@ -111,7 +104,7 @@ def test_what_a_scheduler_held_is_given_back_when_it_is_gone(engine: Engine) -> 
     engine.engine.prefetch(TOKENS, paged=True, keys=engine.engine.prefix_keys(TOKENS, paged=True))
     assert engine.held(1) == 1
     engine.ranks.close()
-    assert eventually(lambda: not any(engine.held(rank) for rank in range(WORLD)))
+    assert eventually(lambda: not any(engine.held(rank) for rank in range(WORLD)), seconds=30)
     assert engine.engine.descriptions(), "the next scheduler is served"
 
 
@@ -123,9 +116,9 @@ def test_a_rank_that_is_gone_is_a_miss_until_it_is_back(engine: Engine) -> None:
     lease = engine.engine.prefetch(TOKENS, paged=True, keys=keys)
     assert (lease.num_tokens, lease.ready()) == (0, True)
     assert engine.engine.descriptions() == []
-    assert eventually(lambda: engine.held(0) == 0)
+    assert eventually(lambda: engine.held(0) == 0, seconds=30)
     engine.serve(1)
-    assert eventually(lambda: bool(engine.engine.descriptions()))
+    assert eventually(lambda: bool(engine.engine.descriptions()), seconds=30)
     assert engine.engine.prefetch(TOKENS, paged=True, keys=keys).num_tokens == CHUNK
     assert engine.metrics.snapshot()['lmcache_failures_total{reason="rank"}'] >= 1
 
