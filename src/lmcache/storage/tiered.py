@@ -86,11 +86,7 @@ class TieredStorage(KVStorage):
         return [bool(self.find([key])) for key in keys]
 
     def ask(self, keys: Sequence[CacheKey], timeout: float) -> Inquiry:
-        """Have the tiers find out which of ``keys`` they hold, as far as that takes a question to their medium. Never
-        blocks.
-
-        Only what follows the leading hits is asked for. :meth:`find` then knows what was answered in time.
-        """
+        """See :meth:`KVStorage.ask`."""
         asked: list[Future[None]] = []
         if self._asked and not self._closed:
             missing = keys[len(self.find(keys)) :]
@@ -103,7 +99,7 @@ class TieredStorage(KVStorage):
     # Getting
 
     def acquire(self, key: CacheKey) -> Found | None:
-        """Hold ``key``: the object if it lies in memory, else a read that has been started. None for a miss."""
+        """See :meth:`KVStorage.acquire`."""
         if self._keep_in_memory and (obj := self.memory.get(key)) is not None:
             self.metrics.read(self.memory.name, obj.spec.nbytes)
             return Found(self.memory, obj, None)
@@ -164,14 +160,11 @@ class TieredStorage(KVStorage):
     # Putting
 
     def allocate(self, spec: KVSpec) -> MemoryObj | None:
-        """A fresh object with one reference, its bytes undefined; None when everything is in use."""
+        """See :meth:`KVStorage.allocate`."""
         return self._attempt("allocate", lambda: self.memory.allocate(spec), None)
 
     def put(self, key: CacheKey, obj: MemoryObj) -> bool:
-        """Keep ``obj``, which came from :meth:`allocate`, in every tier that will have it; False when none will.
-
-        Never waits for a medium. The caller keeps its own reference.
-        """
+        """See :meth:`KVStorage.put`."""
         if self._closed:
             return False
         kept = False
@@ -184,8 +177,7 @@ class TieredStorage(KVStorage):
         return kept
 
     def renew(self, key: CacheKey) -> bool:
-        """Whether ``key`` is held anywhere. If memory has it, it counts as used in every tier, and a slower tier that
-        lost it or had no room for it when it was put gets it again."""
+        """See :meth:`KVStorage.renew`."""
         obj = self.memory.get(key) if self._keep_in_memory else None
         if obj is None:
             return self.contains(key)
@@ -200,8 +192,7 @@ class TieredStorage(KVStorage):
     # Keeping
 
     def pin(self, keys: Sequence[CacheKey]) -> int:
-        """Hold the leading hits among ``keys`` against eviction, in every tier that has them, until
-        :meth:`unpin` with the same keys; how many these are."""
+        """See :meth:`KVStorage.pin`."""
         held: list[tuple[StorageTier, CacheKey]] = []
         count = 0
         for key in keys:
@@ -217,7 +208,7 @@ class TieredStorage(KVStorage):
         return count
 
     def unpin(self, keys: Sequence[CacheKey]) -> None:
-        """Undo one :meth:`pin` of the same keys; without one, nothing happens."""
+        """See :meth:`KVStorage.unpin`."""
         if not keys:
             return
         with self._lock:
@@ -238,7 +229,7 @@ class TieredStorage(KVStorage):
     # The whole
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until every accepted put is done; False when ``timeout`` seconds were not enough."""
+        """See :meth:`KVStorage.flush`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for tier in self._keeping:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -247,7 +238,7 @@ class TieredStorage(KVStorage):
         return True
 
     def stats(self) -> dict[str, TierStats]:
-        """What each tier counts, by its name, fastest first."""
+        """See :meth:`KVStorage.stats`."""
         return {tier.name: tier.stats() for tier in (self.memory, *self._slower, *self._sources)}
 
     def close(self) -> None:
