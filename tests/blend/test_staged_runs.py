@@ -30,35 +30,32 @@ class Chunks(ChunkSource):
         return self.parts
 
 
-@pytest.fixture(autouse=True)
-def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    calls: list[int] = []
+class Event:
+    def record(self, stream: object) -> None: ...
 
+
+class Stream:
+    def wait_event(self, event: object) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def _copied_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def copy(to: Addresses, source: Addresses, sizes: Addresses, stream: object) -> None:
-        calls.append(len(to))
         for target, origin, size in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
             ctypes.memmove(target, origin, size)
-
-    class Event:
-        def record(self, stream: object) -> None: ...
-
-    class Stream:
-        def wait_event(self, event: object) -> None: ...
-
-        def wait_stream(self, stream: object) -> None: ...
 
     monkeypatch.setattr(staged_layers, "can_copy_many", lambda device: True)
     monkeypatch.setattr(staged_layers, "copy_many", copy)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(staged_layers.StagingRing, "stream_of_tests", Stream(), raising=False)
-    return calls
 
 
 def ring(kept_bytes: int) -> StagingRing:
     made = StagingRing(torch.device("cpu"), kept_bytes)
-    made.stream = made.stream_of_tests  # type: ignore[attr-defined]
+    made.stream = Stream()  # type: ignore[assignment]
     return made
 
 

@@ -230,13 +230,14 @@ class BatchKV:
 
     def charged_budgets(self, num_layers: int) -> tuple[float, ...]:
         """One a prompt: the share of (reused token, layer) pairs whose QKV was computed afresh."""
-        masks = {id(layer.fresh): layer.fresh for layer in self._layers.values()}
-        layers_of = Counter(id(layer.fresh) for layer in self._layers.values())
+        masks = [layer.fresh for layer in self._layers.values()]  # many layers share one
+        distinct = {id(mask): mask for mask in masks}
+        layers_of = Counter(map(id, masks))
         charged = []
         for start, end in self.batch.prompts:
             reusable = self.batch.reusable[start:end]
             computed = sum(
-                layers * int((masks[mask][start:end] & reusable).sum()) for mask, layers in layers_of.items()
+                layers * int((distinct[mask][start:end] & reusable).sum()) for mask, layers in layers_of.items()
             )
             charged.append(computed / max(1, num_layers * int(reusable.sum())))
         return tuple(charged)

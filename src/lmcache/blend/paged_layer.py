@@ -83,9 +83,7 @@ class PagedLayer(LayerKV):
     """One layer of the batch in its pages. It has no ``keys`` and ``values`` of its own."""
 
     def __init__(self, layer_id: int, kv: KVRows, sent: OnDevice, pages: PromptPages) -> None:
-        self.layer_id = layer_id
-        self.keys = self.values = _NO_ROWS
-        self.corrected_to = 0
+        super().__init__(layer_id, _NO_ROWS, _NO_ROWS)
         self.kv = kv
         self._sent = sent
         self._pages = pages

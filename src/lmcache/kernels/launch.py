@@ -43,9 +43,8 @@ def launch(
     signature = _signatures.get(id(kernel), _UNKNOWN)
     if signature is _UNKNOWN:
         signature = _signatures[id(kernel)] = _signature(kernel)
-    options: dict[str, Any] = {"num_warps": num_warps} if num_stages is None else _options(num_warps, num_stages)
     if signature is None:  # Triton's interpreter has no variants
-        kernel[grid](*args, **constexprs, **options)
+        kernel[grid](*args, **constexprs, **_options(num_warps, num_stages))
         return
     constants = tuple([constexprs[name] for name in signature.constexprs])
     key: list[Any] = [id(kernel), args[0].device.index, num_warps, num_stages, constants]
@@ -62,7 +61,7 @@ def launch(
                 key.append(arg)
     variant = _variants.get(tuple(key))
     if variant is None:
-        _variants[tuple(key)] = kernel[grid](*args, **constexprs, **options)
+        _variants[tuple(key)] = kernel[grid](*args, **constexprs, **_options(num_warps, num_stages))
         return
     variant[(*grid, 1, 1)[:3]](*plain, *constants)
 
@@ -83,5 +82,5 @@ def _signature(kernel: Any) -> _Signature | None:
     )
 
 
-def _options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    return {"num_warps": num_warps, "num_stages": num_stages}
+def _options(num_warps: int, num_stages: int | None) -> dict[str, int]:
+    return {"num_warps": num_warps} if num_stages is None else {"num_warps": num_warps, "num_stages": num_stages}
