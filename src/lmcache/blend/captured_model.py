@@ -7,15 +7,14 @@ everything of a blend happens, stays outside the graphs.
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from lmcache.blend.graph_recorder import no_garbage_collection
 from lmcache.blend.host import Attend
 from lmcache.observability.logging import init_logger
 
@@ -34,17 +33,47 @@ SIZES = (
 """Rows of the forwards that are captured. Beyond the last the GPU takes longer than the host by itself."""
 
 
-@dataclass
-class _Layer:
-    """What the graph before an attention layer leaves, and where the graph behind it expects the outcome."""
+class _Seam(NamedTuple):
+    """Where the graph before an attention layer leaves ``q``, ``k`` and ``v``, and the one behind it expects the
+    outcome."""
 
-    graph: torch.cuda.CUDAGraph
-    layer_id: int
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    options: dict[str, Any]
     attended: torch.Tensor
+
+
+class _Seams:
+    """The same memory for all layers and sizes: what attention does to it can be recorded as well."""
+
+    def __init__(self, most_rows: int) -> None:
+        self._most_rows = most_rows
+        self._rooms: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def between(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Seam:
+        """For a layer with such ``q``, ``k`` and ``v``."""
+        return _Seam(
+            q=self._room("q", q, q.shape[1], q.shape[2]),
+            k=self._room("k", k, k.shape[1], k.shape[2]),
+            v=self._room("v", v, v.shape[1], v.shape[2]),
+            attended=self._room("attended", q, q.shape[1], v.shape[2]),
+        )
+
+    def _room(self, name: str, like: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
+        key = name, heads, dim, like.dtype
+        if key not in self._rooms:
+            self._rooms[key] = torch.zeros((self._most_rows, heads, dim), dtype=like.dtype, device=like.device)
+        return self._rooms[key][: len(like)]
+
+
+@dataclass
+class _Layer:
+    """An attention layer, and the graph before it."""
+
+    graph: torch.cuda.CUDAGraph
+    layer_id: int
+    seam: _Seam
+    options: dict[str, Any]
 
 
 @dataclass
@@ -66,7 +95,7 @@ class CapturedModel:
         self._device = device
         self._ids = torch.zeros(sizes[-1], dtype=torch.int32, device=device)
         self._positions = torch.zeros(sizes[-1], dtype=torch.int64, device=device)
-        self._attended: dict[tuple[object, ...], torch.Tensor] = {}
+        self._seams = _Seams(sizes[-1])
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         start = time.perf_counter()
@@ -89,8 +118,8 @@ class CapturedModel:
         self._positions[:count].copy_(positions)
         for layer in forward.layers:
             layer.graph.replay()
-            attended = attend(layer.layer_id, layer.q[:count], layer.k[:count], layer.v[:count], **layer.options)
-            layer.attended[:count].copy_(attended)
+            q, k, v, attended = (x[:count] for x in layer.seam)
+            attended.copy_(attend(layer.layer_id, q, k, v, **layer.options))
         assert forward.end is not None
         assert forward.hidden is not None
         forward.end.replay()
@@ -98,12 +127,12 @@ class CapturedModel:
 
     def _capture(self, size: int) -> _Forward:
         ids, positions = self._ids[:size], self._positions[:size]
-        with _no_garbage_collection(), torch.cuda.stream(self._stream):
+        with no_garbage_collection(), torch.cuda.stream(self._stream):
             self._stream.wait_stream(torch.cuda.default_stream(self._device))
             # What runs for the first time may not be captured: libraries choose and load their kernels then.
             self._run(ids, positions, self._pass_by)
             self._stream.synchronize()
-            recorder = _Recorder(size, self._pool, self._room_for)
+            recorder = _Recorder(size, self._pool, self._seams)
             recorder.begin()
             try:
                 hidden = self._run(ids, positions, recorder.attend)
@@ -114,23 +143,16 @@ class CapturedModel:
         return found
 
     def _pass_by(self, layer_id: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
-        return self._room_for(q, v)
-
-    def _room_for(self, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """``[n, query_heads, value_dim]``: the same memory for all layers and sizes."""
-        key = q.shape[1], v.shape[2], q.dtype
-        if key not in self._attended:
-            self._attended[key] = torch.zeros((len(self._ids), *key[:2]), dtype=q.dtype, device=q.device)
-        return self._attended[key][: len(q)]
+        return self._seams.between(q, k, v).attended
 
 
 class _Recorder:
     """Cuts the capture of a forward at its attention layers."""
 
-    def __init__(self, size: int, pool: Any, room_for: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, size: int, pool: Any, seams: _Seams) -> None:
         self.forward = _Forward(size)
         self._pool = pool
-        self._room_for = room_for
+        self._seams = seams
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def begin(self) -> None:
@@ -147,12 +169,12 @@ class _Recorder:
 
     def attend(self, layer_id: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         """See :class:`lmcache.blend.host.Attend`."""
-        graph = self.finish()
-        attended = self._room_for(q, v)
-        layer = _Layer(graph, layer_id, _unowned(q), _unowned(k), _unowned(v), options, attended)
-        self.forward.layers.append(layer)
+        seam = self._seams.between(q, k, v)
+        for room, computed in zip(seam, (q, k, v), strict=False):
+            room.copy_(computed)
+        self.forward.layers.append(_Layer(self.finish(), layer_id, seam, options))
         self.begin()
-        return attended
+        return seam.attended
 
 
 class _Memory:
@@ -173,15 +195,3 @@ def _unowned(x: torch.Tensor) -> torch.Tensor:
     numel = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     raw = torch.as_tensor(_Memory(x.data_ptr(), numel * x.element_size()), device=x.device)
     return raw.view(x.dtype).as_strided(x.shape, x.stride())
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """What it frees may take calls to CUDA that spoil a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -7,7 +7,7 @@ an earlier forward computed stays in the KV, so a later one finds the layers tha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -24,6 +24,9 @@ Output = TypeVar("Output")
 
 OnLayer: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Takes a layer's number and its final K and V, ``[N, kv_heads, dim]`` of the whole batch."""
+
+# More take a GPU longer than the host.
+_MOST_ALIKE_ROWS = 2048
 
 
 class Part(NamedTuple):
@@ -133,22 +136,39 @@ class BlendForward(ABC):
     ) -> torch.Tensor:
         """See :class:`lmcache.blend.host.Attend`."""
         layer = self.kv.layer(layer_id, k, v)
-        scoring = Scoring(scale, softcap, sinks)
-        self.take(piece, layer, Fresh(q, k, v, scoring, sliding_window))
-        if len(piece.parts) == 1:
-            (part,), (mask,) = piece.parts, piece.masks(sliding_window, q.device)
-            out = layer.attention(q, part.keys, mask, scoring)
-            self.leave(piece, layer)
-            return out
-        out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for part, mask in zip(piece.parts, piece.masks(sliding_window, q.device), strict=True):
-            out[part.queries] = layer.attention(q[part.queries], part.keys, mask, scoring)
+        fresh = Fresh(q, k, v, Scoring(scale, softcap, sinks), sliding_window)
+
+        def work(layer: LayerKV) -> torch.Tensor:
+            self.take(piece, layer, fresh)
+            return self._attention(piece, layer, fresh)
+
+        group = self.group(layer_id)
+        if group is None or sinks is not None or len(q) > _MOST_ALIKE_ROWS:
+            out = work(layer)
+        else:
+            # Kernels are given addresses: work is alike only where the fresh rows lie in the same memory.
+            where = [(x.data_ptr(), x.stride()) for x in (q, k, v)]
+            kind = (self, group, piece, scale, sliding_window, softcap, *where)
+            out = self.kv.run_alike(kind, layer, work)
         self.leave(piece, layer)
+        return out
+
+    def _attention(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> torch.Tensor:
+        q, masks = fresh.q, piece.masks(fresh.sliding_window, fresh.q.device)
+        if len(piece.parts) == 1:
+            return layer.attention(q, piece.parts[0].keys, masks[0], fresh.scoring)
+        out = q.new_empty(*q.shape[:2], fresh.v.shape[-1])
+        for part, mask in zip(piece.parts, masks, strict=True):
+            out[part.queries] = layer.attention(q[part.queries], part.keys, mask, fresh.scoring)
         return out
 
     @abstractmethod
     def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
         """Put the fresh rows into ``layer`` and look at what this forward is run for, before its attention."""
+
+    def group(self, layer_id: int) -> Hashable | None:
+        """Layers of one group are treated alike; None: this one by itself."""
+        return None
 
     def leave(self, piece: Piece, layer: LayerKV) -> None:  # noqa: B027 - most forwards have nothing to do
         """The attention of ``layer`` is computed for ``piece``."""
@@ -181,6 +201,9 @@ class Recompute(BlendForward):
             self.leave(piece, layer)
             raise StopForward
 
+    def group(self, layer_id: int) -> Hashable | None:
+        return None if layer_id == self._last_layer else "recompute"
+
     def leave(self, piece: Piece, layer: LayerKV) -> None:
         if self._on_layer is not None and piece.last:
             self._on_layer(layer.layer_id, layer.keys, layer.values)
@@ -206,6 +229,9 @@ class MeasureDeviation(Recompute):
     def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
         layer.measure(piece.rows, fresh.k, fresh.v)
         super().take(piece, layer, fresh)
+
+    def group(self, layer_id: int) -> Hashable | None:
+        return None
 
     def leave(self, piece: Piece, layer: LayerKV) -> None:
         if layer.layer_id == self._last_layer and piece.last:
@@ -272,6 +298,9 @@ class ScoreAttention(BlendForward):
             self._received[part.keys] += share / len(self._layers) * score
         if layer.layer_id == self._last_layer:
             raise StopForward
+
+    def group(self, layer_id: int) -> Hashable | None:
+        return None if layer_id == self._last_layer else layer_id in self._layers
 
     @property
     def received(self) -> torch.Tensor:

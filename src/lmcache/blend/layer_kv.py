@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
@@ -153,6 +153,11 @@ class BatchKV:
                     f"{list(ours.shape[1:])} a token, and {taken.stop} tokens are wanted",
                 )
             ours[start:end] = theirs[taken]
+
+    def run_alike(self, kind: Hashable, layer: LayerKV, work: Callable[[LayerKV], torch.Tensor]) -> torch.Tensor:
+        """``work(layer)``, of which all that waits for an accelerator is the same for the layers of one ``kind``. The
+        next call may overwrite the outcome."""
+        return work(layer)
 
     def correct(
         self,

@@ -6,7 +6,7 @@ tensors of its own is the reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,7 +15,9 @@ import torch
 from lmcache.blend.batch import BlendBatch, PlacedSpan
 from lmcache.blend.correctors.interface import BatchedCorrector, Corrector, LayerCorrection, Memo, RowCorrection
 from lmcache.blend.dense_runs import DenseAttention
+from lmcache.blend.graph_recorder import WorkRecorder
 from lmcache.blend.layer_kv import BatchKV, LayerKV, PromptLoadError
+from lmcache.blend.layer_replay import LayerReplays
 from lmcache.blend.paged_layer import OnDevice, PagedLayer, PromptPages, dense_heads
 from lmcache.blend.rope import FusedRope
 from lmcache.blend.staged_layers import SourceError, StagedLayers, StagingRing
@@ -40,9 +42,11 @@ class PagedBatchKV(BatchKV):
         exact: torch.Tensor,
         ring: StagingRing,
         dense: DenseAttention | None = None,
+        recorder: WorkRecorder | None = None,
     ) -> None:
         """``slots``: int64 ``[N]`` on the CPU, one for every row of the batch. ``exact``: bool ``[N]``, rows whose KV
-        is in the pages and stays as it is, whatever is computed. ``dense``: the engine's own attention."""
+        is in the pages and stays as it is, whatever is computed. ``dense``: the engine's own attention. ``recorder``:
+        spares the host the work that is the same in all layers."""
         from lmcache.blend.page_rows import page_offsets, page_rows
 
         super().__init__(batch, ropes, corrector)
@@ -60,6 +64,9 @@ class PagedBatchKV(BatchKV):
         self._rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *spans]))
         self._froms = self._staged.k_from.to(ring.device), self._staged.v_from.to(ring.device)
         self._turns: dict[int, Turns] = {}
+        self._replays: LayerReplays | None = None
+        if recorder is not None and corrector.alike_in_layers:
+            self._replays = LayerReplays.of(recorder, [(planes[0], planes[1]) for planes in self._planes], self._kv)
 
     def load(self, layer_id: int, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
         from lmcache.kernels.kv_write import place
@@ -76,6 +83,11 @@ class PagedBatchKV(BatchKV):
         place(staged, k_from, v_from, sent.rows(self._rows), layer.kv, self._turns_of(self.ropes[layer_id]))
         self._staged.done(layer_id)
         return layer
+
+    def run_alike(self, kind: Hashable, layer: LayerKV, work: Callable[[LayerKV], torch.Tensor]) -> torch.Tensor:
+        """See :meth:`lmcache.blend.layer_kv.BatchKV.run_alike`."""
+        assert isinstance(layer, PagedLayer)
+        return work(layer) if self._replays is None else self._replays.run(kind, layer, work)
 
     def _turns_of(self, rope: FusedRope | None) -> Turns | None:
         """How far each of the moved rows turns; layers with one rope share it."""

@@ -15,6 +15,7 @@ from lmcache.blend.blend_pass import BlendResult, blend
 from lmcache.blend.chunk_source import ChunkSource, PagesSource
 from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.dense_runs import DenseAttention
+from lmcache.blend.graph_recorder import WorkRecorder
 from lmcache.blend.host import BlendHost
 from lmcache.blend.kv_source import KVSource
 from lmcache.blend.layer_room import LayerRoom
@@ -70,6 +71,7 @@ def blend_pages(
     room: LayerRoom | None = None,
     ring: StagingRing | None = None,
     dense: DenseAttention | None = None,
+    recorder: WorkRecorder | None = None,
 ) -> BlendResult[Output]:
     """Blend ``prompts`` in one pass and write the KV of all but their exact tokens into the pages, layer by layer.
 
@@ -77,8 +79,8 @@ def blend_pages(
     result has "write" besides the phases of :func:`lmcache.blend.blend_pass.blend`.
 
     With ``ring``, and a slot for every token, kernels blend in the pages themselves (see
-    :func:`lmcache.blend.paged_batch.can_blend_in_pages`), helped by the engine's own attention, ``dense``; otherwise
-    in memory that ``room`` gives.
+    :func:`lmcache.blend.paged_batch.can_blend_in_pages`), helped by the engine's own attention, ``dense``, and by
+    ``recorder``; otherwise in memory that ``room`` gives.
     """
     planned = [prompt.planned(connector) for prompt in prompts]
     every_slot = torch.cat([prompt.slots for prompt in prompts])
@@ -93,7 +95,15 @@ def blend_pages(
             seed=seed,
             max_rows=max_rows,
             kv_only=True,
-            make_kv=partial(PagedBatchKV, connector=connector, slots=every_slot, exact=exact, ring=ring, dense=dense),
+            make_kv=partial(
+                PagedBatchKV,
+                connector=connector,
+                slots=every_slot,
+                exact=exact,
+                ring=ring,
+                dense=dense,
+                recorder=recorder,
+            ),
         )
     written, slots = _rows_to_write(prompts)
     index = connector.token_index(slots)

@@ -90,6 +90,18 @@ class PagedLayer(LayerKV):
         self._written: list[torch.Tensor] = []
         self.change = {}
         self._changes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.used_engines_attention = False
+
+    def at(self, kv: KVRows, corrected_to: int) -> PagedLayer:
+        """The same layer before anything was written to it, seen through other ``kv``."""
+        layer = PagedLayer(self.layer_id, kv, self._sent, self._pages)
+        layer.corrected_to = corrected_to
+        return layer
+
+    def take_over(self, other: PagedLayer) -> None:
+        """What was done to ``other`` by the same rows was done to this one too."""
+        self.corrected_to = other.corrected_to
+        self._written += other._written
 
     @property
     def fresh(self) -> torch.Tensor:
@@ -144,6 +156,7 @@ class PagedLayer(LayerKV):
         if runs is None:
             return None
         assert self._pages.dense is not None
+        self.used_engines_attention = True
         out, lse = self._pages.dense(q, self.kv.keys, self.kv.values, runs, scoring.scale)
         return SeenByAll(RUN_TOKENS, runs.keys, out, lse)
 

@@ -28,7 +28,14 @@ def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.const
     """In units of log2."""
     s = tl.dot(q, k, input_precision=PRECISION) * scale
     if HAS_SOFTCAP:
-        s = softcap * (2.0 / (1.0 + tl.exp2(s * (-2.0 * _LOG2_E) / softcap)) - 1.0)
+        x = s / softcap
+        capped = 2.0 / (1.0 + tl.exp2(x * (-2.0 * _LOG2_E))) - 1.0
+        if PRECISION == "ieee":
+            # What is left of 1 − 1 would be wrong in the last digits: near zero, tanh by its series (DLMF 4.33.3).
+            y = x * x
+            series = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))))
+            capped = tl.where(y < 0.0625, series, capped)
+        s = softcap * capped
     return s * _LOG2_E
 
 

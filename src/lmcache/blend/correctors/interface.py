@@ -68,9 +68,14 @@ class RowCorrection:
 
 
 class Corrector(ABC):
-    """Called once a layer, after the fresh K and V are known and before they overwrite the moved ones. Stateless."""
+    """Called once a layer, after the fresh K and V are known and before they overwrite the moved ones. Stateless.
+
+    ``alike_in_layers``: on a GPU it queues the same work for every layer with the same rows, and waits for nothing, so
+    that what it did for one layer may be recorded and replayed for others.
+    """
 
     name: ClassVar[str]
+    alike_in_layers: ClassVar[bool] = False
 
     @abstractmethod
     def correct(self, layer: LayerCorrection) -> None:

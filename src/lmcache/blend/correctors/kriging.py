@@ -35,6 +35,7 @@ class KrigingCorrector(BatchedCorrector):
     """
 
     name = "kriging"
+    alike_in_layers = True
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from lmcache.blend.correctors.interface import BatchedCorrector, LayerCorrection
 
 class NoneCorrector(BatchedCorrector):
     name = "none"
+    alike_in_layers = True
 
     def correct(self, layer: LayerCorrection) -> None:
         pass

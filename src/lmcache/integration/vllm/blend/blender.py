@@ -13,6 +13,7 @@ import torch
 
 from lmcache.blend.correctors import make_corrector
 from lmcache.blend.correctors.interface import Corrector
+from lmcache.blend.graph_recorder import GraphRecorder, WorkRecorder
 from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.paged_batch import can_blend_in_pages
 from lmcache.blend.paged_blend import PagedPrompt, blend_pages
@@ -76,6 +77,7 @@ class Blender:
         self._room = LayerRoom()
         in_pages = can_blend_in_pages(connector, ropes)
         self._ring = StagingRing(connector.tensors[0].device) if in_pages else None
+        self._recorder: WorkRecorder | None = None
         if not in_pages and connector.tensors[0].device.type != "cpu":
             logger.warning("CacheBlend is slow here: its kernels do not know pages like these, or Triton is missing")
         self._dense = flash_attention(next(iter(model.layers.values()))) if in_pages else None
@@ -107,7 +109,7 @@ class Blender:
 
     def warm_up(self, policy: SelectionPolicy, corrector: Corrector, *, cuda_graphs: bool) -> None:
         """Have the kernels compiled that ``policy`` and ``corrector`` need, and with ``cuda_graphs`` the model's small
-        forwards captured. Only while the pages are empty."""
+        forwards captured, and from then on our own kernels too. Only while the pages are empty."""
         if self._ring is None:
             return
         layers = []
@@ -120,6 +122,7 @@ class Blender:
         warm_kernels(self._connector, self._ropes, layers, self._ring, ways)
         if cuda_graphs and self._ring.device.type == "cuda":
             self._model.capture(self._max_rows)
+            self._recorder = GraphRecorder(self._ring.device)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[PagedRequest]) -> dict[str, BlendReport | Exception]:
@@ -178,6 +181,7 @@ class Blender:
             room=self._room,
             ring=self._ring,
             dense=self._dense,
+            recorder=self._recorder,
         )
         seconds = {**result.seconds, "total": time.perf_counter() - start}
         return {

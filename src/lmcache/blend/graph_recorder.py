@@ -1,0 +1,83 @@
+"""Work on a GPU, recorded as a CUDA graph."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from lmcache.memory.slab import forget_cuda_error
+from lmcache.observability.logging import init_logger
+
+logger = init_logger(__name__)
+
+
+class Recording(Protocol):
+    """Recorded work."""
+
+    def replay(self) -> torch.Tensor:
+        """Queue it once more, on the current stream; what it gives is overwritten by the next replay."""
+
+
+class WorkRecorder(Protocol):
+    """Records the same memory being worked on again and again."""
+
+    def record(self, work: Callable[[], torch.Tensor]) -> Recording | None:
+        """``work``, which is not done yet; None: it cannot be recorded."""
+
+
+class _Graph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, out: torch.Tensor) -> None:
+        self._graph = graph
+        self._out = out
+
+    def replay(self) -> torch.Tensor:
+        self._graph.replay()
+        return self._out
+
+
+class GraphRecorder:
+    """A :class:`WorkRecorder` by CUDA graphs. What a graph keeps for itself comes from memory that later ones reuse, so
+    graphs that are still wanted must not be replayed out of the order of one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._works = True
+        # Memory stays with the pool for as long as any graph has some of it.
+        self._first = self.record(lambda: torch.zeros(1, device=device))
+
+    def record(self, work: Callable[[], torch.Tensor]) -> Recording | None:
+        """See :class:`WorkRecorder`."""
+        if not self._works:
+            return None
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with no_garbage_collection(), torch.cuda.stream(self._stream):
+                # Other threads go on copying meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    out = work()
+                finally:
+                    graph.capture_end()
+        except Exception as error:
+            self._works = False
+            forget_cuda_error()
+            logger.warning("CacheBlend starts each of its kernels by itself: they cannot be recorded: %s", error)
+            return None
+        return _Graph(graph, out)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """What it frees may take calls to CUDA that spoil a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,101 @@
+"""The work of one layer in an engine's pages, recorded once and replayed for the layers that are like it.
+
+A blend starts a dozen kernels a layer for correction and attention. They are the same in all layers but for where the
+layer's pages lie, so the recorded ones go by offsets that are counted from the first layer's pages, in memory that is
+overwritten before each replay: one kernel and one graph a layer in place of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from lmcache.blend.graph_recorder import Recording, WorkRecorder
+from lmcache.blend.paged_layer import PagedLayer
+
+if TYPE_CHECKING:
+    from lmcache.kernels.kv_rows import KVRows
+
+LayerWork: TypeAlias = Callable[[PagedLayer], torch.Tensor]
+
+Planes: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""K and V of a layer's pages."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """``views`` has the layer as the recorded work has left it last."""
+
+    recording: Recording
+    views: list[PagedLayer]
+
+
+class LayerReplays:
+    """Those of one blend."""
+
+    def __init__(self, recorder: WorkRecorder, distances: Sequence[int], rows: KVRows) -> None:
+        """``distances[l]``: how far layer ``l`` lies behind the one of ``rows``, in elements."""
+        self._recorder = recorder
+        self._distances = distances
+        self._first_layer = rows.offsets
+        self._rows = replace(rows, offsets=rows.offsets.clone())
+        self._seen: set[Hashable] = set()
+        self._apart: set[Hashable] = set()
+        self._recorded: dict[Hashable, _Recorded] = {}
+
+    @classmethod
+    def of(cls, recorder: WorkRecorder, planes: Sequence[Planes], rows: KVRows) -> LayerReplays | None:
+        """``rows`` are in ``planes[0]``. None where layers do not lie alike, so that one distance does not tell."""
+        distances = [_distance(planes[0], layer, rows.alignment) for layer in planes]
+        found = [distance for distance in distances if distance is not None]
+        return cls(recorder, found, rows) if len(found) == len(distances) else None
+
+    def run(self, kind: Hashable, layer: PagedLayer, work: LayerWork) -> torch.Tensor:
+        """``work`` on ``layer``. What it queues for any layer of this ``kind`` is the same but for the layer's pages.
+
+        The outcome may be overwritten by the next call.
+        """
+        kind = kind, layer.corrected_to
+        recorded = self._recorded.get(kind)
+        if recorded is None:
+            # The first is not recorded: what is the same in all layers is made and sent then.
+            if kind not in self._seen or kind in self._apart:
+                self._seen.add(kind)
+                return self._by_itself(kind, layer, work)
+            recorded = self._record(layer, work)
+            if recorded is None:
+                return self._by_itself(kind, layer, work)
+            self._recorded[kind] = recorded
+        torch.add(self._first_layer, self._distances[layer.layer_id], out=self._rows.offsets)
+        outcome = recorded.recording.replay()
+        layer.take_over(recorded.views[-1])
+        return outcome
+
+    def _by_itself(self, kind: Hashable, layer: PagedLayer, work: LayerWork) -> torch.Tensor:
+        outcome = work(layer)
+        if layer.used_engines_attention:  # it goes by pages, not by offsets
+            self._apart.add(kind)
+        return outcome
+
+    def _record(self, layer: PagedLayer, work: LayerWork) -> _Recorded | None:
+        corrected_to = layer.corrected_to
+        views: list[PagedLayer] = []
+
+        def on_view() -> torch.Tensor:
+            views.append(layer.at(self._rows, corrected_to))
+            return work(views[-1])
+
+        recording = self._recorder.record(on_view)
+        return None if recording is None else _Recorded(recording, views)
+
+
+def _distance(first: Planes, layer: Planes, alignment: int) -> int | None:
+    """In elements; None where it is not the same for K and V, or no multiple of ``alignment``."""
+    apart = {there.data_ptr() - here.data_ptr() for here, there in zip(first, layer, strict=True)}
+    nbytes = apart.pop()
+    if apart or nbytes % (alignment * first[0].element_size()):
+        return None
+    return nbytes // first[0].element_size()

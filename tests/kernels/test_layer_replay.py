@@ -1,0 +1,180 @@
+"""Layers whose work is replayed hold what layers hold that were worked on one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lmcache.blend.correctors import make_corrector
+from lmcache.blend.dense_runs import DenseAttention
+from lmcache.blend.graph_recorder import GraphRecorder, Recording, WorkRecorder
+from lmcache.blend.paged_blend import PagedPrompt, blend_pages
+from lmcache.blend.policies import make_policy
+from lmcache.blend.staged_layers import StagingRing
+from tests.kernels.needs_triton import DEVICE, require
+
+require()
+
+from lmcache.blend import dense_runs, paged_layer  # noqa: E402 - needs Triton
+from lmcache.blend.layer_replay import LayerReplays  # noqa: E402
+from tests.blend.core.tiny_model import LAYERS, TinyHost  # noqa: E402
+from tests.kernels.test_blend_in_pages import ROPES, SIZES, Engine, dense  # noqa: E402
+
+LAYOUTS = ["kv_second_nhd", "kv_second_hnd"]
+
+
+class StillHost(TinyHost):
+    """A float32 host whose q, k and v lie in the same memory in all layers, as a captured model's do."""
+
+    def forward(self, rows: torch.Tensor, positions: torch.Tensor, attend: Any) -> torch.Tensor:
+        held: list[torch.Tensor] = []
+
+        def in_place(layer: int, *qkv: torch.Tensor, **scoring: Any) -> torch.Tensor:
+            if not held:
+                held.extend(x.float() for x in qkv)
+            for still, x in zip(held, qkv, strict=True):
+                still.copy_(x)
+            return attend(layer, *held, **scoring).double()
+
+        return super().forward(rows, positions, in_place)
+
+
+class Repeats:
+    """Records by remembering what to do, and counts."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def record(self, work: Callable[[], torch.Tensor]) -> Recording | None:
+        self.recorded += 1
+        if DEVICE.type == "cuda":
+            graph = _recorder().record(work)
+            assert graph is not None
+            work = graph.replay
+        return _Repeat(self, work)
+
+
+class _Repeat:
+    def __init__(self, counts: Repeats, work: Callable[[], torch.Tensor]) -> None:
+        self._counts = counts
+        self._work = work
+
+    def replay(self) -> torch.Tensor:
+        self._counts.replayed += 1
+        return self._work()
+
+
+class Refuses:
+    def record(self, work: Callable[[], torch.Tensor]) -> Recording | None:
+        return None
+
+
+_recorders: list[GraphRecorder] = []
+
+
+def _recorder() -> GraphRecorder:
+    if not _recorders:
+        _recorders.append(GraphRecorder(DEVICE))
+    return _recorders[0]
+
+
+def blended(
+    layout: str,
+    recorder: WorkRecorder | None,
+    policy: str = "sampled_attention",
+    corrector: str = "kriging",
+    max_rows: int | None = None,
+    dense: DenseAttention | None = None,
+) -> tuple[Any, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    engine = Engine(layout)
+    ids, prompts, used = [], [], 0
+    for order in ((1, 0), (2,)):
+        tokens, passages = [torch.arange(4)], []
+        for document in order:
+            passages.append(engine.passage(document, sum(map(len, tokens))))
+            tokens.append(engine.documents[document])
+        prompt = torch.cat([*tokens, engine.question])
+        slots = used * SIZES.block_size + torch.arange(len(prompt))
+        used += -(-len(prompt) // SIZES.block_size)
+        ids.append(prompt)
+        prompts.append(PagedPrompt(len(prompt), slots, 0, passages, 0.3))
+    result = blend_pages(
+        StillHost(engine.model, ids),
+        engine.connector,
+        prompts,
+        ROPES,
+        make_policy(policy),
+        make_corrector(corrector),
+        max_rows=max_rows,
+        ring=StagingRing(DEVICE),
+        dense=dense,
+        recorder=recorder,
+    )
+    return result, [tensor.clone() for tensor in engine.connector.tensors]
+
+
+def same(ours: tuple[Any, list[torch.Tensor]], theirs: tuple[Any, list[torch.Tensor]]) -> bool:
+    (result, pages), (other_result, other_pages) = ours, theirs
+    if result.plans != other_result.plans or result.charged_budgets != other_result.charged_budgets:
+        return False
+    return all(torch.equal(page, other) for page, other in zip(pages, other_pages, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("policy", "corrector", "max_rows"),
+    [("sampled_attention", "kriging", None), ("query_attention", "none", 20), ("kv_deviation", "kriging", None)],
+)
+def test_replayed_layers_hold_the_same(layout: str, policy: str, corrector: str, max_rows: int | None) -> None:
+    counts = Repeats()
+    replayed = blended(layout, counts, policy, corrector, max_rows)
+    assert counts.recorded, "nothing was recorded"
+    # kv_deviation has looked at the first two of the four layers before.
+    assert counts.replayed > counts.recorded or policy == "kv_deviation", "nothing was used twice"
+    assert same(replayed, blended(layout, None, policy, corrector, max_rows))
+
+
+def test_a_layer_that_is_replayed_in_the_wrong_pages_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LayerReplays.__init__
+
+    def all_in_the_first(self: LayerReplays, recorder: Any, distances: Any, rows: Any) -> None:
+        plain(self, recorder, [0] * LAYERS, rows)
+
+    monkeypatch.setattr(LayerReplays, "__init__", all_in_the_first)
+    assert not same(blended(LAYOUTS[0], Repeats()), blended(LAYOUTS[0], None))
+
+
+def test_what_cannot_be_recorded_is_done_layer_by_layer() -> None:
+    assert same(blended(LAYOUTS[0], Refuses()), blended(LAYOUTS[0], None))
+
+
+def test_a_corrector_that_does_not_say_so_is_not_replayed() -> None:
+    counts = Repeats()
+    blended(LAYOUTS[0], counts, corrector="key_shift")
+    assert counts.recorded == 0
+
+
+def test_the_engines_own_attention_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RUN_TOKENS", 16), ("_MIN_QUERIES", 16), ("_MIN_KEYS", 40), ("_MIN_PAIRS", 0)):
+        monkeypatch.setattr(dense_runs, name, value)
+    monkeypatch.setattr(paged_layer, "RUN_TOKENS", 16)
+    counts = Repeats()
+    ours = blended(LAYOUTS[0], counts, policy="full", dense=dense)
+    assert counts.recorded == 0
+    assert same(ours, blended(LAYOUTS[0], None, policy="full", dense=dense))
+
+
+def test_layers_that_do_not_lie_alike_are_not_replayed() -> None:
+    from lmcache.kernels.kv_rows import KVRows
+
+    pages = [torch.zeros(2, 64, 2, 16, device=DEVICE) for _ in range(3)]
+    rows = replace(KVRows.of_tensors(*pages[0]), alignment=16)
+    alike = [(page[0], page[1]) for page in pages]
+    assert LayerReplays.of(Refuses(), alike, rows) is not None
+    assert LayerReplays.of(Refuses(), [*alike, (pages[0][0], pages[1][1])], rows) is None, "K and V lie otherwise"
+    assert LayerReplays.of(Refuses(), [alike[0], tuple(x.flatten()[1:] for x in alike[1])], rows) is None, "unaligned"
