@@ -74,6 +74,7 @@ def test_every_layer_brings_the_rows_of_the_span(
     span = ReusedSpan(0, end - start, source=0, source_start=start)
     made = ring(kept)
     staged = StagedLayers([PlacedSpan(0, (0, end - start), span, source)], LAYERS, (HEADS, DIM), torch.float32, made)
+    staged.begin()
     expected = torch.cat([chunk[:, :, at : at + count] for chunk, at, count in chunks], 2)[:, :, start:end]
     for layer in range(LAYERS):
         rows = staged.layer(layer).view(-1, HEADS, DIM)

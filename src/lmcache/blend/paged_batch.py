@@ -52,7 +52,6 @@ class PagedBatchKV(BatchKV):
         super().__init__(batch, ropes, corrector)
         layout = connector.kv_layout
         self._moved = [placed for placed in batch.placed if not placed.span.exact]
-        # First of all: what follows takes the host some milliseconds, while the first layers are on their way.
         self._staged = StagedLayers(self._moved, len(ropes), (layout.num_heads, layout.head_dim), layout.dtype, ring)
         self._connector = connector
         self._sent = OnDevice(ring.device, exact)
@@ -64,6 +63,13 @@ class PagedBatchKV(BatchKV):
         self._rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *spans]))
         self._froms = self._staged.k_from.to(ring.device), self._staged.v_from.to(ring.device)
         self._turns: dict[int, Turns] = {}
+        if self._moved:
+            # Before the layers, which fill the way to the device: CUDA lets the host wait for copies of more than 64 KiB
+            # of ordinary memory, until those before them are done.
+            self._sent.rows(self._rows)
+            for rope in ropes:
+                self._turns_of(rope)
+        self._staged.begin()
         self._replays: LayerReplays | None = None
         if recorder is not None and corrector.alike_in_layers:
             self._replays = LayerReplays.of(recorder, [(planes[0], planes[1]) for planes in self._planes], self._kv)

@@ -152,9 +152,13 @@ class StagedLayers:
         self.k_from = torch.cat(k_from or none).to(torch.int32)
         self.v_from = torch.cat(v_from or none).to(torch.int32)
         self._staged_rows = at
+        self._dtype = dtype
         self._next = 0
-        ring.begin(at, self._row_numel, dtype, num_layers)
-        self._fetch(len(ring.slots))
+
+    def begin(self) -> None:
+        """Queue the copies of the first layers, before any is asked for."""
+        self._ring.begin(self._staged_rows, self._row_numel, self._dtype, self._num_layers)
+        self._fetch(len(self._ring.slots))
 
     def _plan(self, placed: PlacedSpan, at: int, dtype: torch.dtype) -> list[int]:
         """Note how the rows of a span come; their numbers, run by run."""
