@@ -100,5 +100,16 @@ def test_what_cannot_be_captured_is_refused_for_good_and_leaves_the_gpu_usable()
     assert recording.replay().tolist() == [6.0] * 4
     assert recorder.record(lambda: torch.tensor(float(x.sum().item()))) is None, "waiting for the GPU"
     assert recorder.record(lambda: x * 2) is None
+    assert len(torch.randn(5, device="cuda").cpu().unique()) == 5, "torch draws random numbers as before"
     assert (x + 1).sum().item() == 16
     assert recording.replay().tolist() == [6.0] * 4
+
+
+def test_a_model_that_cannot_be_captured_says_so_and_leaves_the_gpu_usable(model: Model) -> None:
+    def waits(ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        hidden = model.run(ids, positions, attend)
+        return hidden / hidden.abs().max().item()
+
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        CapturedModel(waits, torch.device("cuda"), sizes=(16,))
+    assert len(torch.randn(5, device="cuda").cpu().unique()) == 5

@@ -63,7 +63,7 @@ class ConnectorConformance:
                     for token in range(end - start):
                         seen = view[layer, token // per_block, token % per_block]
                         expected = world.token(layer, plane, int(self.slots[start + token]))
-                        assert torch.equal(as_bytes(seen), as_bytes(expected)), (plane, layer, token)
+                        assert torch.equal(as_bytes(seen.cpu()), as_bytes(expected.cpu())), (plane, layer, token)
 
     def test_spec_and_layout(self, world: World) -> None:
         connector = self.connect(world)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from lmcache.blend.graph_recorder import no_garbage_collection
+from lmcache.blend.graph_recorder import begin_capture, no_garbage_collection, recover_from_capture
 from lmcache.blend.host import Attend
 from lmcache.observability.logging import init_logger
 
@@ -99,8 +99,12 @@ class CapturedModel:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         start = time.perf_counter()
-        # Memory that the largest has taken is enough for the others.
-        captured = [self._capture(size) for size in sorted(sizes, reverse=True)]
+        try:
+            # Memory that the largest has taken is enough for the others.
+            captured = [self._capture(size) for size in sorted(sizes, reverse=True)]
+        except Exception:
+            recover_from_capture()
+            raise
         self._forwards = captured[::-1]
         seconds = time.perf_counter() - start
         logger.info("CacheBlend replays forwards of up to %d rows as CUDA graphs (%.1f s)", sizes[-1], seconds)
@@ -157,8 +161,7 @@ class _Recorder:
 
     def begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on copying meanwhile.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        begin_capture(graph, self._pool)
         self._graph = graph
 
     def finish(self) -> torch.cuda.CUDAGraph:

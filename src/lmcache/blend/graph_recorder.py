@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -57,18 +57,32 @@ class GraphRecorder:
         graph = torch.cuda.CUDAGraph()
         try:
             with no_garbage_collection(), torch.cuda.stream(self._stream):
-                # Other threads go on copying meanwhile.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                begin_capture(graph, self._pool)
                 try:
                     out = work()
                 finally:
                     graph.capture_end()
         except Exception as error:
             self._works = False
-            forget_cuda_error()
+            recover_from_capture()
             logger.warning("CacheBlend starts each of its kernels by itself: they cannot be recorded: %s", error)
             return None
         return _Graph(graph, out)
+
+
+def begin_capture(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """On the current stream; other threads go on copying meanwhile."""
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+
+
+def recover_from_capture() -> None:
+    """After a capture that failed: torch's random numbers stay in the state of one until the next one ends."""
+    forget_cuda_error()
+    with no_garbage_collection(), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
+        begin_capture(graph, torch.cuda.graph_pool_handle())
+        torch.zeros(1, device="cuda")
+        graph.capture_end()
 
 
 @contextmanager

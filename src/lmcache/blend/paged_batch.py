@@ -64,8 +64,8 @@ class PagedBatchKV(BatchKV):
         self._froms = self._staged.k_from.to(ring.device), self._staged.v_from.to(ring.device)
         self._turns: dict[int, Turns] = {}
         if self._moved:
-            # Before the layers, which fill the way to the device: CUDA lets the host wait for copies of more than 64 KiB
-            # of ordinary memory, until those before them are done.
+            # Before the layers, which fill the way to the device: a copy of more than 64 KiB of ordinary memory waits
+            # for those before it, and the host with it.
             self._sent.rows(self._rows)
             for rope in ropes:
                 self._turns_of(rope)
