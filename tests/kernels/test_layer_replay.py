@@ -57,6 +57,8 @@ class Repeats:
             work = graph.replay
         return _Repeat(self, work)
 
+    def forget(self) -> None: ...
+
 
 class _Repeat:
     def __init__(self, counts: Repeats, work: Callable[[], torch.Tensor]) -> None:
@@ -71,6 +73,8 @@ class _Repeat:
 class Refuses:
     def record(self, work: Callable[[], torch.Tensor]) -> Recording | None:
         return None
+
+    def forget(self) -> None: ...
 
 
 _recorders: list[GraphRecorder] = []

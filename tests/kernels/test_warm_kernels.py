@@ -17,7 +17,9 @@ from tests.kernels.test_blend_in_pages import ROPES, SIZES, Engine  # noqa: E402
 
 def test_every_kind_of_layer_is_run_without_a_model() -> None:
     engine = Engine("kv_second_nhd")
-    layers = [AttentionKind(4, 0.25, *kind) for kind in ((), (9,), (None, 20.0), (None, None, torch.zeros(4)))]
+    layers = [
+        AttentionKind(4, 0.25, *kind) for kind in ((), (9,), (None, 20.0), (None, None, torch.zeros(4, device=DEVICE)))
+    ]
     ways = [
         (make_policy("sampled_attention"), make_corrector("kriging")),
         (make_policy("kv_deviation"), make_corrector("none")),

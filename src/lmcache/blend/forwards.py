@@ -19,6 +19,7 @@ from lmcache.blend.correctors.interface import Memo
 from lmcache.blend.host import BlendHost, StopForward
 from lmcache.blend.layer_kv import BatchKV, LayerKV
 from lmcache.blend.selection import DeviationTensor, HeadReduction
+from lmcache.memory.to_device import to_device
 
 Output = TypeVar("Output")
 
@@ -76,8 +77,8 @@ class Piece:
         """For some of the piece's rows, of one prompt."""
         known = self._known[part.keys]
         positions = self.positions[queries]
-        some = None if bool(known.all()) else known.to(device)
-        return QueryMask(positions.to(device), sliding_window, some, on_host=positions)
+        some = None if bool(known.all()) else to_device(known, device)
+        return QueryMask(to_device(positions, device), sliding_window, some, on_host=positions)
 
     def masks(self, sliding_window: int | None, device: torch.device) -> list[QueryMask]:
         """One a part, made once a window."""

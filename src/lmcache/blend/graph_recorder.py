@@ -28,6 +28,9 @@ class WorkRecorder(Protocol):
     def record(self, work: Callable[[], torch.Tensor]) -> Recording | None:
         """``work``, which is not done yet; None: it cannot be recorded."""
 
+    def forget(self) -> None:
+        """Nothing of what was recorded will be replayed any more."""
+
 
 class _Graph:
     def __init__(self, graph: torch.cuda.CUDAGraph, out: torch.Tensor) -> None:
@@ -47,6 +50,7 @@ class GraphRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._works = True
+        self._recorded: list[Recording] = []
         # Memory stays with the pool for as long as any graph has some of it.
         self._first = self.record(lambda: torch.zeros(1, device=device))
 
@@ -67,7 +71,12 @@ class GraphRecorder:
             recover_from_capture()
             logger.warning("CacheBlend starts each of its kernels by itself: they cannot be recorded: %s", error)
             return None
-        return _Graph(graph, out)
+        self._recorded.append(_Graph(graph, out))
+        return self._recorded[-1]
+
+    def forget(self) -> None:
+        """See :class:`WorkRecorder`. Until then they are kept: to let a graph go may wait until it has run."""
+        self._recorded.clear()
 
 
 def begin_capture(graph: torch.cuda.CUDAGraph, pool: Any) -> None:

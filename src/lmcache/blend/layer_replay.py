@@ -51,6 +51,7 @@ class LayerReplays:
         """``rows`` are in ``planes[0]``. None where layers do not lie alike, so that one distance does not tell."""
         distances = [_distance(planes[0], layer, rows.alignment) for layer in planes]
         found = [distance for distance in distances if distance is not None]
+        recorder.forget()  # what the blend before has recorded
         return cls(recorder, found, rows) if len(found) == len(distances) else None
 
     def run(self, kind: Hashable, layer: PagedLayer, work: LayerWork) -> torch.Tensor:

@@ -21,6 +21,7 @@ from lmcache.blend.layer_replay import LayerReplays
 from lmcache.blend.paged_layer import OnDevice, PagedLayer, PromptPages, dense_heads
 from lmcache.blend.rope import FusedRope
 from lmcache.blend.staged_layers import SourceError, StagedLayers, StagingRing
+from lmcache.memory.to_device import to_device
 from lmcache.paging.paged_connector import PagedConnector
 
 if TYPE_CHECKING:
@@ -56,16 +57,15 @@ class PagedBatchKV(BatchKV):
         self._connector = connector
         self._sent = OnDevice(ring.device, exact)
         self._pages = PromptPages(slots, layout.block_size, ring.device, dense)
-        offsets = page_offsets(layout, slots).to(ring.device)
+        offsets = to_device(page_offsets(layout, slots), ring.device)
         self._planes = [layout.plane_views(connector.tensors, layer) for layer in range(len(ropes))]
         self._kv = page_rows(layout, self._planes[0][0], self._planes[0][1], offsets)
         spans = [np.arange(*placed.rows) for placed in self._moved]
         self._rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *spans]))
-        self._froms = self._staged.k_from.to(ring.device), self._staged.v_from.to(ring.device)
+        self._froms = tuple(to_device(rows, ring.device) for rows in (self._staged.k_from, self._staged.v_from))
         self._turns: dict[int, Turns] = {}
         if self._moved:
-            # Before the layers, which fill the way to the device: a copy of more than 64 KiB of ordinary memory waits
-            # for those before it, and the host with it.
+            # Before the layers, which fill the way to the device for milliseconds.
             self._sent.rows(self._rows)
             for rope in ropes:
                 self._turns_of(rope)
@@ -109,8 +109,8 @@ class PagedBatchKV(BatchKV):
                 numbers.append(torch.arange(num_rows) + count if len(table) > 1 else torch.full((num_rows,), count))
                 count += len(table)
                 tables.append(torch.stack([table.cos() * gain, table.sin() * gain]).to(torch.float32))
-            cos, sin = torch.cat(tables, 1).to(self._sent.device).unbind(0)
-            of_row = torch.cat(numbers).to(torch.int32).to(self._sent.device)
+            cos, sin = to_device(torch.cat(tables, 1), self._sent.device).unbind(0)
+            of_row = to_device(torch.cat(numbers).to(torch.int32), self._sent.device)
             self._turns[id(rope)] = Turns(cos, sin, of_row, rope.is_neox_style)
         return self._turns[id(rope)]
 

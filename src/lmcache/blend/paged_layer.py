@@ -9,6 +9,7 @@ import torch
 from lmcache.blend.attention import QueryMask, Scoring
 from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, DenseRuns, dense_runs
 from lmcache.blend.layer_kv import LayerKV
+from lmcache.memory.to_device import to_device
 
 if TYPE_CHECKING:
     from lmcache.kernels.kv_rows import KVRows
@@ -51,7 +52,7 @@ class OnDevice:
         if held is None:
             numbers = torch.where(self._exact[rows], -1, rows) if writable else rows
             # The host's is kept, so that no other can have its id.
-            held = self._sent[id(rows), writable] = rows, numbers.to(torch.int32).to(self.device)
+            held = self._sent[id(rows), writable] = rows, to_device(numbers.to(torch.int32), self.device)
         return held[1]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmcache.memory.memory_obj import MemoryObj
+from lmcache.memory.to_device import to_device
 from lmcache.paging.layout import KVLayout
 from lmcache.paging.token_connector import TokenConnector
 
@@ -176,10 +177,7 @@ class StagedConnector(TokenConnector):
             elements = blocks * plane.strides[0] + inside * plane.strides[1]
             words = elements * scale if scale else elements * at.dtype.itemsize // self._word_bytes
             planes.append(torch.where(slots < 0, -1, words))
-        offsets = torch.stack(planes)
-        if self._device.type == "cuda":
-            offsets = offsets.pin_memory()
-        return offsets.to(self._device, non_blocking=True)
+        return to_device(torch.stack(planes), self._device)
 
     def _current(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None

@@ -13,6 +13,7 @@ import torch
 from lmcache.blend.correctors.interface import RowCorrection
 from lmcache.blend.correctors.sampled_span import PieceLimits, cut_spans
 from lmcache.kernels.availability import kernels_for
+from lmcache.memory.to_device import to_device
 
 # Elements of the largest matrix of a batch: 128 MiB in float32.
 _MAX_ELEMENTS = 2**25
@@ -121,14 +122,14 @@ def _by_kernels(layer: RowCorrection, pieces: list[Piece], of: Covariance) -> Ca
     device = layer.fresh_keys.device
     is_fresh = torch.zeros(len(layer.kv.kernel_rows.offsets), dtype=torch.uint8)
     is_fresh[layer.rows] = 1
-    fresh, is_fresh = layer.rows.to(device, torch.int32), is_fresh.to(device)
+    fresh, is_fresh = to_device(layer.rows.to(torch.int32), device), to_device(is_fresh, device)
     batches = []
     for batch in _batches(pieces, alike=False):  # only room is lost where one is shorter
         # Each row begins at a multiple of 16 bytes: kernels are compiled once for all numbers of pieces.
         numbers = torch.zeros((4, -(-len(batch) // 4) * 4), dtype=torch.int32)
         for index, p in enumerate(batch):
             numbers[:, index] = torch.tensor([p.start, p.num_rows, p.first, p.num_fresh])
-        starts, lengths, firsts, counts = numbers.to(device)[:, : len(batch)].unbind(0)
+        starts, lengths, firsts, counts = to_device(numbers, device)[:, : len(batch)].unbind(0)
         longest, most = (max(count) for count in zip(*((p.num_rows, p.num_fresh) for p in batch), strict=True))
         batches.append(Pieces(starts, lengths, firsts, counts, fresh, is_fresh, longest, most))
     constants = asdict(of)

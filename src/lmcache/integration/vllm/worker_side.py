@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from lmcache.integration.vllm.parallel.agreement import TensorParallelAgreement
 from lmcache.integration.vllm.parallel.planned_blends import take_blend
 from lmcache.integration.vllm.prometheus import LMCacheStats, StatsTeller
 from lmcache.integration.vllm.shared_engine import SharedEngine
+from lmcache.memory.one_thread import one_thread
 from lmcache.observability.events import CacheStoreEvent
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
@@ -140,12 +142,14 @@ class WorkerSide:
             self.bind_connector_metadata(meta)
         for load in meta.asynchronous_loads:
             self._shared.loads.submit(load.req_id, partial(self._load, load, asynchronous=True))
-        for load in meta.loads:
-            # A blend stands on the whole prefix, which may be what another request loads.
-            layerwise = self._shared.config.use_layerwise and not meta.blends
-            self._load(load, layerwise=layerwise)
-        if meta.blends:
-            self._blend(meta.blends)
+        # Beside a GPU the host only keeps count of rows: to wake up other threads takes longer than to do it.
+        with one_thread() if self._device.type == "cuda" else nullcontext():
+            for load in meta.loads:
+                # A blend stands on the whole prefix, which may be what another request loads.
+                layerwise = self._shared.config.use_layerwise and not meta.blends
+                self._load(load, layerwise=layerwise)
+            if meta.blends:
+                self._blend(meta.blends)
 
     @never_raise(lambda: None)
     def wait_for_layer_load(self, layer_name: str) -> None:

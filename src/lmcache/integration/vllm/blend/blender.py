@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +29,6 @@ from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
 from lmcache.integration.vllm.blend.scoring import Scoring
-from lmcache.memory.one_thread import one_thread
 from lmcache.observability.logging import init_logger
 from lmcache.paging.paged_connector import PagedConnector
 
@@ -135,10 +133,8 @@ class Blender:
             options = request.prepared.options
             together[id(options.policy), id(options.corrector)].append(request)
         done: dict[str, BlendReport | Exception] = {}
-        # With kernels the host only keeps count of rows: to wake up other threads takes longer than to do it.
-        with one_thread() if self._ring is not None else nullcontext():
-            for group in together.values():
-                done.update(self._run_group(group))
+        for group in together.values():
+            done.update(self._run_group(group))
         return done
 
     def _run_group(self, group: list[PagedRequest]) -> dict[str, BlendReport | Exception]:

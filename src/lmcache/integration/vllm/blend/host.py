@@ -21,6 +21,7 @@ from lmcache.blend.captured_model import SIZES, CapturedModel
 from lmcache.blend.host import Attend
 from lmcache.integration.vllm.blend.scoring import Scoring
 from lmcache.integration.vllm.blend.supported import attention_layers, check_served
+from lmcache.memory.to_device import to_device
 from lmcache.observability.logging import init_logger
 
 if TYPE_CHECKING:
@@ -82,14 +83,18 @@ class VLLMModel:
     def _run(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         with self._calling(attend, len(input_ids)):
             output = self.model(
-                input_ids=input_ids.to(self._device, torch.int32),  # the types of vLLM's own runners
-                positions=positions.to(self._device, torch.int64),
+                input_ids=self._sent(input_ids, torch.int32),  # the types of vLLM's own runners
+                positions=self._sent(positions, torch.int64),
                 intermediate_tensors=None,
                 inputs_embeds=None,
             )
         # A model whose hidden states a speculator reads gives those too.
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
+
+    def _sent(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        x = x.to(dtype)
+        return to_device(x, torch.device(self._device)) if x.device.type == "cpu" else x
 
     @contextmanager
     def _calling(self, attend: Attend, num_tokens: int) -> Iterator[None]:
