@@ -22,7 +22,7 @@ from lmcache.server.shared_knowledge import share_passages
 from lmcache.server.storage import ServerStorage
 from lmcache.storage.cpu import LocalCPUTier
 from lmcache.storage.disk.rank_directories import RankDirectory, open_foreign
-from lmcache.storage.from_config import disk_settings, open_disk, open_remote
+from lmcache.storage.from_config import disk_format, disk_settings, open_disk, open_remote
 from lmcache.storage.interface import StorageTier
 from lmcache.storage.kv_storage import KVStorage
 from lmcache.storage.policies import make_policy
@@ -99,7 +99,9 @@ class LMCacheManager:
     def _know_passages(self, *, on_disk: bool) -> KnownPassages:
         """What CacheBlend finds passages by; with a disk tier it outlives the process."""
         directory = self.config.local_disk
-        catalog = PassageCatalog(directory) if on_disk and directory is not None else None
+        catalog = None
+        if on_disk and directory is not None:
+            catalog = PassageCatalog(directory, disk_format(self.config))
         return KnownPassages(self.config.chunk_size, self.storage.contains, catalog)
 
     def _foreign_directories(self) -> list[RankDirectory]:
@@ -118,8 +120,11 @@ class LMCacheManager:
         share = self.config.max_local_disk_size * self.metadata.world_size / 2 / len(found)
         settings = disk_settings(self.config, int(share * GIB))
         sources: list[ShardSource] = []
+        chunk_format = disk_format(self.config)
         for directory in found:
-            tier = open_foreign(directory, settings, memory.allocate, lambda: make_policy(self.config.cache_policy))
+            tier = open_foreign(
+                directory, settings, memory.allocate, lambda: make_policy(self.config.cache_policy), chunk_format
+            )
             if tier is not None:
                 shard = Shard.of_heads(directory.rank, directory.world_size, self.metadata.total_kv_heads)
                 sources.append(ShardSource(shard, tier))

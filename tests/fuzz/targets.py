@@ -14,12 +14,13 @@ from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.metadata import TOKEN_MAJOR
 from lmcache.segmentation import shared_passages
 from lmcache.segmentation.passage_row import decode_row
+from lmcache.storage.chunk_format import ChunkFormat
 from lmcache.storage.chunk_header import HEADER_BYTES, ChunkFormatError, ChunkHeader, Packing
 from lmcache.storage.codecs import CODEC_NAMES, make_codec
 from lmcache.storage.codecs.interface import CodecError
 from lmcache.storage.disk.index import IndexRow, _parse_row
 from lmcache.storage.encryption import KeyRing
-from lmcache.storage.remote.chunk_value import ChunkFormat
+from lmcache.storage.remote.chunk_receiver import ChunkReceiver
 from lmcache.storage.remote.interface import Receiver, RemoteStoreError
 from lmcache.storage.remote.redis_wire import RedisWire
 
@@ -87,7 +88,7 @@ def any_value(data: bytes) -> None:
 
 
 def taken(format_: ChunkFormat, value: bytes) -> torch.Tensor | None:
-    receiver = format_.receiver(KEY, new_object)
+    receiver = ChunkReceiver(format_, KEY, new_object)
     memory = receiver.begin(len(value), memoryview(value[:HEADER_BYTES]))
     if memory is not None:
         assert memory.nbytes == len(value) - HEADER_BYTES <= MAX_ALLOCATION + 64

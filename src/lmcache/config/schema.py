@@ -70,6 +70,15 @@ class LMCacheEngineConfig(BaseModel):
     disk_write_queue_size: Float = Field(
         0.5, gt=0, description="GiB of chunks that may wait to be written; beyond it new ones are not written."
     )
+    disk_codec: CodecName = Field(
+        "raw", description="How chunks are packed on disk: raw, zstd (exact), fp8 or delta (smaller, not exact)."
+    )
+    disk_encryption_key_file: OptionalDirectory = Field(
+        None, description="File with the keys that what is on disk is encrypted with, a line id:base64 each."
+    )
+    disk_encryption_keys: OptionalSecret = Field(
+        None, description="The keys for the disk themselves, id:base64, separated by commas; never shown."
+    )
     max_disk_wait_seconds: Float = Field(
         10.0, ge=0, description="How long a request waits for chunks from disk or store before the rest is computed."
     )
@@ -144,10 +153,14 @@ class LMCacheEngineConfig(BaseModel):
 
     @property
     def inexact_codec(self) -> str:
-        """The codec because of which KV may come back changed; empty where all of it comes back as it was."""
+        """The codecs because of which KV may come back changed; empty where all of it comes back as it was."""
         if self.server_socket is not None:
             return ""  # a server keeps only what is exact
-        return "" if self.remote_url is None or self.remote_codec in _EXACT_CODECS else self.remote_codec
+        used = {
+            None if self.local_disk is None else self.disk_codec,
+            None if self.remote_url is None else self.remote_codec,
+        }
+        return "+".join(sorted(codec for codec in used if codec is not None and codec not in _EXACT_CODECS))
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> LMCacheEngineConfig:
@@ -160,6 +173,8 @@ class LMCacheEngineConfig(BaseModel):
             yield Contradiction(("local_cpu", "local_disk"), "nowhere to keep anything; switch one of them on")
         if self.remote_encryption_keys is not None and self.remote_encryption_key_file is not None:
             yield Contradiction(("remote_encryption_keys", "remote_encryption_key_file"), "only one of them may be set")
+        if self.disk_encryption_keys is not None and self.disk_encryption_key_file is not None:
+            yield Contradiction(("disk_encryption_keys", "disk_encryption_key_file"), "only one of them may be set")
         if self.local_disk is not None and self.max_local_disk_size == 0:
             yield Contradiction(("local_disk", "max_local_disk_size"), "a disk tier needs a size above 0")
         layers, ratios, thresholds = self.blend_check_layers, self.blend_recompute_ratios, self.blend_thresholds

@@ -27,7 +27,7 @@ class ContradictionError(ValueError):
         self.contradictions = contradictions
 
 
-_SECRET = "remote_encryption_keys"
+_SECRETS = ("disk_encryption_keys", "remote_encryption_keys")
 
 
 def explain(error: ValidationError, values: Mapping[str, Value], schema: Mapping[str, Any]) -> str:
@@ -41,7 +41,7 @@ def explain(error: ValidationError, values: Mapping[str, Value], schema: Mapping
         if isinstance(cause, ContradictionError):
             for contradiction in cause.contradictions:
                 told = (_told(key, values.get(key) or _default(key, schema)) for key in contradiction.keys)
-                problems[contradiction.rule] = f"{' and '.join(told)}: {contradiction.rule}"
+                problems[" and ".join(contradiction.keys)] = f"{' and '.join(told)}: {contradiction.rule}"
             continue
         key = str(detail["loc"][0])
         reason = f" ({cause})" if cause is not None else ""
@@ -82,7 +82,7 @@ def allowed(schema: Mapping[str, Any]) -> str:
 
 
 def _told(key: str, value: Value) -> str:
-    shown = "(not shown)" if key == _SECRET else repr(value.raw)
+    shown = "(not shown)" if key in _SECRETS else repr(value.raw)
     return f"{key}={shown} ({value.source})"
 
 

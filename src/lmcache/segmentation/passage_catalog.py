@@ -14,6 +14,7 @@ from typing import TypeAlias
 from lmcache.keys import CacheKey
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.segmentation.passage_row import PassageRow, decode_row, encode_row
+from lmcache.storage.chunk_format import ChunkFormat
 
 logger = init_logger(__name__)
 
@@ -22,7 +23,10 @@ _QUEUED = 1 << 16
 _BATCH = 512
 # As SQLite keeps it: whatever else a file says of itself, it is of another program.
 _SCHEMA = "CREATE TABLE passages_1 (key BLOB PRIMARY KEY, row BLOB NOT NULL, digest BLOB NOT NULL)"
+_SEALED_SCHEMA = "CREATE TABLE passages_1 (key BLOB PRIMARY KEY, row BLOB NOT NULL, digest BLOB NOT NULL, sealed)"
 
+
+_TABLES = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"
 
 # A row to put, a key to remove, the rowid of a damaged row, damage that was met when reading, the end.
 _Change: TypeAlias = "PassageRow | CacheKey | int | sqlite3.DatabaseError | None"
@@ -34,11 +38,16 @@ class PassageCatalog:
     Every row carries a digest over all of it; one that does not match, or does not read, is dropped. A file that is no
     catalog, or turns out to be damaged, is set aside. No method raises for a fault of the medium: from then on nothing
     is written.
+
+    Where chunks are encrypted, so are the tokens and the digest over them; a file that holds them in the clear is
+    removed, and so is what was set aside of one.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """``directory`` must be ours alone, as the disk tier's is."""
+    def __init__(self, directory: Path, chunk_format: ChunkFormat | None = None) -> None:
+        """``directory`` must be ours alone, as the disk tier's is; ``chunk_format`` is its, and says what encrypts."""
         self._path = directory / FILE
+        self._format = chunk_format or ChunkFormat()
+        self._schema = _SEALED_SCHEMA if self._format.key_id else _SCHEMA
         self._queue: queue.Queue[_Change] = queue.Queue(_QUEUED)
         self._broken = self._reading = self._set_aside_once = False
         self.dropped = 0
@@ -56,7 +65,7 @@ class PassageCatalog:
             with closing(self._connect()) as connection:
                 rows = connection.execute("SELECT rowid, key, row, digest FROM passages_1 ORDER BY rowid")
                 for rowid, key, row, digest in rows:
-                    sound = decode_row(key, row, digest)
+                    sound = self._decoded(key, row, digest)
                     if sound is not None:
                         yield sound
                         continue
@@ -98,6 +107,8 @@ class PassageCatalog:
 
     def _prepare(self) -> None:
         try:
+            if self._format.key_id:
+                self._remove_clear()
             try:
                 self._create()
             except sqlite3.DatabaseError as error:
@@ -105,12 +116,29 @@ class PassageCatalog:
         except (sqlite3.Error, OSError) as error:
             self._give_up(error)
 
+    def _remove_clear(self) -> None:
+        """Overwriting rows would leave those that were removed earlier, so the whole file goes."""
+        self._path.with_suffix(".damaged").unlink(missing_ok=True)
+        if not self._path.exists():
+            return
+        try:
+            with closing(self._connect()) as connection:
+                is_sealed = connection.execute(_TABLES).fetchall() == [(_SEALED_SCHEMA.encode(),)]
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+            is_sealed = False
+        if not is_sealed:
+            logger.warning("%s holds passages that are not encrypted; it is removed", self._path)
+            for suffix in ("", "-wal", "-shm"):
+                self._path.with_name(FILE + suffix).unlink(missing_ok=True)
+
     def _create(self) -> None:
         with closing(self._connect()) as connection, connection:
-            tables = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+            tables = connection.execute(_TABLES).fetchall()
             if not tables:
-                connection.execute(_SCHEMA)
-            elif tables != [(_SCHEMA.encode(),)]:
+                connection.execute(self._schema)
+            elif tables != [(self._schema.encode(),)]:
                 raise sqlite3.DatabaseError("it is of another program")
         with closing(self._connect()) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
@@ -143,6 +171,7 @@ class PassageCatalog:
     def _write_all(self) -> None:
         with closing(self._connect()) as connection:
             connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute("PRAGMA secure_delete=ON")
             while self._write_batch(connection):
                 pass
 
@@ -161,12 +190,29 @@ class PassageCatalog:
                 if isinstance(change, sqlite3.DatabaseError):
                     raise change
                 if isinstance(change, PassageRow):
-                    connection.execute("INSERT OR REPLACE INTO passages_1 VALUES (?, ?, ?)", encode_row(change))
+                    self._insert(connection, change)
                 elif isinstance(change, int):
                     connection.execute("DELETE FROM passages_1 WHERE rowid = ?", (change,))
                 else:
                     connection.execute("DELETE FROM passages_1 WHERE key = ?", (bytes(change),))
         return True
+
+    def _insert(self, connection: sqlite3.Connection, row: PassageRow) -> None:
+        key, data, digest = encode_row(row)
+        if self._format.key_id:
+            name = key.hex()
+            values = (key, self._format.seal(data, f"row/{name}"), self._format.seal(digest, f"digest/{name}"))
+            connection.execute("INSERT OR REPLACE INTO passages_1 VALUES (?, ?, ?, 1)", values)
+        else:
+            connection.execute("INSERT OR REPLACE INTO passages_1 VALUES (?, ?, ?)", (key, data, digest))
+
+    def _decoded(self, key: object, row: object, digest: object) -> PassageRow | None:
+        if self._format.key_id:
+            if not (isinstance(key, bytes) and isinstance(row, bytes) and isinstance(digest, bytes)):
+                return None
+            name = key.hex()
+            row, digest = self._format.unseal(row, f"row/{name}"), self._format.unseal(digest, f"digest/{name}")
+        return decode_row(key, row, digest)
 
     def _give_up(self, error: Exception) -> None:
         self._broken = True

@@ -11,7 +11,7 @@ from lmcache.observability.metrics import Metrics
 from lmcache.segmentation.passage_catalog import PassageCatalog
 from lmcache.server.server import CacheServer
 from lmcache.storage.cpu import LocalCPUTier
-from lmcache.storage.from_config import open_disk, open_remote
+from lmcache.storage.from_config import disk_format, open_disk, open_remote
 from lmcache.storage.tiered import TieredStorage
 
 
@@ -22,9 +22,9 @@ def open_server(config: LMCacheEngineConfig, path: Path, *, allowed_uids: frozen
         ValueError: the configuration cannot work.
         OSError: there is no listening at ``path``.
     """
-    if config.remote_url is not None and config.remote_codec not in ("raw", "zstd"):
+    if config.inexact_codec:
         raise ValueError(
-            f"remote_codec={config.remote_codec}: a server keeps only what is exact, because the engines that attach "
+            f"codec {config.inexact_codec}: a server keeps only what is exact, because the engines that attach "
             "do not know of its codec; use raw or zstd"
         )
     metrics = Metrics()
@@ -38,7 +38,7 @@ def open_server(config: LMCacheEngineConfig, path: Path, *, allowed_uids: frozen
         started.callback(storage.close)
         catalog = None
         if disk is not None and config.local_disk is not None:
-            catalog = PassageCatalog(config.local_disk)
+            catalog = PassageCatalog(config.local_disk, disk_format(config))
             started.callback(catalog.close)
         server = CacheServer(path, memory, storage, catalog=catalog, allowed_uids=allowed_uids)
         started.pop_all()

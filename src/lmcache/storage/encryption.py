@@ -16,7 +16,11 @@ _KEY_BYTES = 32
 
 
 class UnknownKeyError(Exception):
-    """What was read was written with a key that we do not have, or is not what was written."""
+    """What was read was written with a key that we do not have."""
+
+
+class TamperedError(Exception):
+    """What was read is not what was written with the key of that id."""
 
 
 class KeyRing:
@@ -72,13 +76,17 @@ class KeyRing:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: the encryption keys cannot be read: {error}") from error
 
+    def __contains__(self, key_id: str) -> bool:
+        return key_id in self._ciphers
+
     def encrypt(self, data: memoryview | bytes, nonce: bytes, sealed: bytes) -> bytes:
         """``data`` with the current key, :data:`TAG_BYTES` longer; ``sealed`` is vouched for and not kept."""
         return self._ciphers[self.current].encrypt(nonce, data, sealed)
 
     def decrypt(self, key_id: str, data: memoryview | bytes, nonce: bytes, sealed: bytes) -> bytes:
         """Raises:
-        UnknownKeyError: the key is not here, or this was not encrypted so.
+        UnknownKeyError: the key is not here.
+        TamperedError: it has been changed, or the key of that id was another one then.
         """
         cipher = self._ciphers.get(key_id)
         if cipher is None:
@@ -86,7 +94,7 @@ class KeyRing:
         try:
             return cipher.decrypt(nonce, data, sealed)
         except (InvalidTag, ValueError) as error:
-            raise UnknownKeyError("it was not written with this key, or has been changed") from error
+            raise TamperedError("it was not written with this key, or has been changed") from error
 
 
 def new_nonce() -> bytes:

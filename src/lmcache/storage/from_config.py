@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
 
 from lmcache.config import LMCacheEngineConfig
 from lmcache.config.schema import GIB
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
+from lmcache.storage.chunk_format import ChunkFormat
 from lmcache.storage.codecs import make_codec
 from lmcache.storage.disk import DiskSettings, DiskTierError, LocalDiskTier
 from lmcache.storage.interface import Allocate
 from lmcache.storage.policies import make_policy
-from lmcache.storage.remote.chunk_value import ChunkFormat
 from lmcache.storage.remote.interface import StoreOptions
 from lmcache.storage.remote.settings import RemoteSettings
 from lmcache.storage.remote.stores import open_store
@@ -36,6 +39,16 @@ def disk_settings(config: LMCacheEngineConfig, capacity_bytes: int) -> DiskSetti
     )
 
 
+def disk_format(config: LMCacheEngineConfig) -> ChunkFormat:
+    """How chunks are written to the disk.
+
+    Raises:
+        ValueError: the codec or the keys cannot be used.
+    """
+    keys = _keys(config.disk_encryption_key_file, config.disk_encryption_keys, "disk_encryption_keys")
+    return ChunkFormat(make_codec(config.disk_codec), keys)
+
+
 def open_disk(
     config: LMCacheEngineConfig, allocate: Allocate, metrics: Metrics, *, share: float = 1.0
 ) -> LocalDiskTier | None:
@@ -43,12 +56,15 @@ def open_disk(
 
     Args:
         share: of ``max_local_disk_size``.
+
+    Raises:
+        ValueError: the codec or the keys cannot be used: nothing is kept in the clear instead.
     """
     if config.local_disk is None:
         return None
     settings = disk_settings(config, int(config.max_local_disk_size * GIB * share))
     try:
-        return LocalDiskTier(settings, allocate, make_policy(config.cache_policy))
+        return LocalDiskTier(settings, allocate, make_policy(config.cache_policy), disk_format(config))
     except DiskTierError as error:
         metrics.failure("disk_start")
         logger.error("going on without the disk tier: %s", error)
@@ -63,7 +79,8 @@ def open_remote(config: LMCacheEngineConfig, allocate: Allocate) -> RemoteTier |
     """
     if config.remote_url is None:
         return None
-    chunk_format = ChunkFormat(make_codec(config.remote_codec), _keys(config))
+    keys = _keys(config.remote_encryption_key_file, config.remote_encryption_keys, "remote_encryption_keys")
+    chunk_format = ChunkFormat(make_codec(config.remote_codec), keys)
     store = open_store(
         config.remote_url,
         StoreOptions(
@@ -82,11 +99,10 @@ def open_remote(config: LMCacheEngineConfig, allocate: Allocate) -> RemoteTier |
     return RemoteTier(store, settings, allocate, chunk_format)
 
 
-def _keys(config: LMCacheEngineConfig) -> KeyRing | None:
+def _keys(file: Path | None, secret: SecretStr | None, name: str) -> KeyRing | None:
     """Raises:
     ValueError: the keys cannot be used, or what encrypts is not installed.
     """
-    file, secret = config.remote_encryption_key_file, config.remote_encryption_keys
     if file is None and secret is None:
         return None
     try:
@@ -96,4 +112,4 @@ def _keys(config: LMCacheEngineConfig) -> KeyRing | None:
     if file is not None:
         return KeyRing.from_file(file)
     assert secret is not None
-    return KeyRing.parse(secret.get_secret_value(), "remote_encryption_keys")
+    return KeyRing.parse(secret.get_secret_value(), name)

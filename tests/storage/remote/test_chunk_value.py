@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from lmcache.keys import CacheKey
 from lmcache.memory.allocator import SlabAllocator
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.metadata import TOKEN_MAJOR
+from lmcache.storage.chunk_format import ChunkFormat
 from lmcache.storage.chunk_header import HEADER_BYTES, ChunkHeader, Packing
 from lmcache.storage.codecs import CODEC_NAMES, make_codec
 from lmcache.storage.encryption import KeyRing
-from lmcache.storage.remote.chunk_value import ChunkFormat
+from lmcache.storage.remote.chunk_receiver import ChunkReceiver
 from tests.storage.conformance import make_keys
 
 SPEC = KVSpec((3, 2, 32, 2, 16), torch.bfloat16, TOKEN_MAJOR, 32)
@@ -51,7 +53,7 @@ def written(format_: ChunkFormat, pool: SlabAllocator, key: CacheKey = KEY) -> b
 
 def read(format_: ChunkFormat, value: bytes, pool: SlabAllocator, key: CacheKey = KEY) -> torch.Tensor | str:
     """The chunk, or why there is none."""
-    receiver = format_.receiver(key, pool.allocate)
+    receiver = ChunkReceiver(format_, key, pool.allocate)
     memory = receiver.begin(len(value), memoryview(value[:HEADER_BYTES]))
     if memory is not None:
         assert memory.nbytes == len(value) - HEADER_BYTES
@@ -113,18 +115,42 @@ def test_keys_are_changed_one_after_the_other(pool: SlabAllocator) -> None:
 
 def test_another_key_of_the_same_name_is_found_out(pool: SlabAllocator) -> None:
     value = written(ChunkFormat(keys=KeyRing({"1": OLD})), pool)
-    assert read(ChunkFormat(keys=KeyRing({"1": NEW})), value, pool) == "no_key"
+    assert read(ChunkFormat(keys=KeyRing({"1": NEW})), value, pool) == "tampered"
 
 
 def test_a_chunk_that_we_have_no_key_for_is_left_to_others(pool: SlabAllocator) -> None:
     value = written(ChunkFormat(keys=KeyRing({"1": OLD})), pool)
-    receiver = ChunkFormat().receiver(KEY, pool.allocate)
-    memory = receiver.begin(len(value), memoryview(value[:HEADER_BYTES]))
-    assert memory is not None
-    memory[:] = value[HEADER_BYTES:]
-    receiver.finish()
+    receiver = ChunkReceiver(ChunkFormat(), KEY, pool.allocate)
+    assert receiver.begin(len(value), memoryview(value[:HEADER_BYTES])) is None
     assert receiver.take() is None
     assert not receiver.is_damaged
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_with_a_key_what_is_not_encrypted_is_refused_and_removed(codec: str, pool: SlabAllocator) -> None:
+    """It was believed once, and so anybody who could write to the store."""
+    value = written(ChunkFormat(make_codec(codec)), pool)
+    receiver = ChunkReceiver(ChunkFormat(keys=KeyRing({"1": OLD})), KEY, pool.allocate)
+    assert receiver.begin(len(value), memoryview(value[:HEADER_BYTES])) is None
+    assert receiver.failure == "plaintext"
+    assert receiver.is_damaged
+
+
+def test_what_somebody_without_the_key_has_changed_is_removed(pool: SlabAllocator) -> None:
+    """Its checksums are made right. It counted as written with another key once, and stayed."""
+    format_ = ChunkFormat(keys=KeyRing({"1": OLD}))
+    value = written(format_, pool)
+    header, body = ChunkHeader.decode(value[:HEADER_BYTES]), bytearray(value[HEADER_BYTES:])
+    body[100] ^= 1
+    value = replace(header, checksum=xxh3_128_digest(body)).encode() + bytes(body)
+    receiver = ChunkReceiver(format_, KEY, pool.allocate)
+    memory = receiver.begin(len(value), memoryview(value[:HEADER_BYTES]))
+    assert memory is not None
+    memory[:] = body
+    receiver.finish()
+    assert receiver.take() is None
+    assert receiver.failure == "tampered"
+    assert receiver.is_damaged
 
 
 def test_no_two_values_are_the_same(pool: SlabAllocator) -> None:
@@ -160,7 +186,7 @@ def test_noise_is_no_chunk_and_allocates_nothing(noise: bytes) -> None:
     def allocate(spec: KVSpec) -> None:
         raise AssertionError(f"asked for {spec}")
 
-    receiver = ChunkFormat().receiver(KEY, allocate)
+    receiver = ChunkReceiver(ChunkFormat(), KEY, allocate)
     assert receiver.begin(len(noise), memoryview(noise[:HEADER_BYTES])) is None
     assert receiver.take() is None
 
@@ -184,7 +210,7 @@ def test_what_its_codec_never_packs_is_damaged_and_allocates_nothing(codec: str,
     packing = Packing(codec, 64 if spec.nbytes else 0)
     body = bytes(packing.nbytes)
     head = ChunkHeader(KEY, spec, xxh3_128_digest(body), packing).encode()
-    receiver = ChunkFormat(make_codec(codec)).receiver(KEY, allocate)
+    receiver = ChunkReceiver(ChunkFormat(make_codec(codec)), KEY, allocate)
     assert receiver.begin(len(head) + len(body), memoryview(head)) is None
     assert receiver.is_damaged
     assert receiver.take() is None

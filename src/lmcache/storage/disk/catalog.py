@@ -18,8 +18,12 @@ import numpy.typing as npt
 
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import MemoryObj
+from lmcache.storage.chunk_format import NO_KEY, ChunkFormat
+from lmcache.storage.disk.chunk_file import PLAIN
+from lmcache.storage.disk.direct_io import round_up
 from lmcache.storage.disk.entries import EntryTable
 from lmcache.storage.disk.index import ROWS_PER_COMMIT, IndexRow
+from lmcache.storage.disk.packed import Packed
 from lmcache.storage.disk.space import ENTRY_METADATA_BYTES, SpaceRules
 from lmcache.storage.disk.work import Condemned, Read, Work
 from lmcache.storage.disk.write_queue import Write, WriteQueue
@@ -30,14 +34,23 @@ from lmcache.storage.policies.interface import EvictionPolicy
 class Catalog:
     """Thread-safe. References to ``MemoryObj`` are given back outside the lock: that may call into a pool."""
 
-    def __init__(self, rules: SpaceRules, policy: EvictionPolicy[CacheKey], write_queue_bytes: int) -> None:
+    def __init__(
+        self,
+        rules: SpaceRules,
+        policy: EvictionPolicy[CacheKey],
+        write_queue_bytes: int,
+        chunk_format: ChunkFormat = PLAIN,
+    ) -> None:
         self._rules = rules
+        self._format = chunk_format
         self._policy = policy
         self._changed = threading.Condition()
         self._closed = self._stopped = self._writer_busy = False
 
         self._entries = EntryTable(rules.charge)
         self._queue = WriteQueue(write_queue_bytes)
+        # Entries that we have no key for. They are as good as not there, until room is needed or they are put anew.
+        self._locked: set[CacheKey] = set()
         self._condemned: deque[Condemned] = deque()
         self._reads: dict[CacheKey, Read] = {}
         self._pins: Counter[CacheKey] = Counter()
@@ -60,8 +73,10 @@ class Catalog:
                 # The removal of an earlier file of the same key may not have reached the index.
                 if row.key in self._entries:
                     self._forget(row.key)
-                self._entries.add(row.key, row.file_id, row.spec)
+                self._entries.add(row.key, row.file_id, row.spec, row.packed)
                 self._policy.insert(row.key)
+                if row.packed is not None and self._format.refusal(row.packed.key_id) == NO_KEY:
+                    self._locked.add(row.key)
             self._promised = self._entries.charged
 
     def evict_to_limit(self, metadata_rows: int) -> None:
@@ -84,7 +99,12 @@ class Catalog:
 
     def __contains__(self, key: CacheKey) -> bool:
         # No lock: a chunk enters its next table before it leaves the last one, and is looked for in this order.
-        return key in self._queue or key in self._entries
+        return key in self._queue or (key in self._entries and key not in self._locked)
+
+    @property
+    def num_locked(self) -> int:
+        """How many chunks there are whose key we do not have."""
+        return len(self._locked)
 
     def admit(self, key: CacheKey, obj: MemoryObj) -> bool:
         """Queue ``obj`` for writing, evicting as it must. False, and nothing evicted, when it cannot be kept."""
@@ -92,11 +112,15 @@ class Catalog:
             if not self._closed and key in self:
                 self._touch(key)
                 return True
-            if self._closed or not self._make_room(obj):
+            if key in self._locked and not self._closed:
+                self._forget(key)
+            most = self._format.max_payload(obj.spec)
+            charge = self._rules.charge(most)
+            if self._closed or not self._make_room(obj, charge):
                 self._dropped += 1
                 return False
-            charge = self._rules.charge(obj.spec.nbytes)
-            row = IndexRow(self._next_file_id, key, obj.spec, self._tick())
+            packed = None if self._format.is_plain else Packed(round_up(most), self._format.key_id)
+            row = IndexRow(self._next_file_id, key, obj.spec, self._tick(), packed)
             self._next_file_id += 1
             self._queue.push(Write(row, obj.ref_up(), charge))
             self._promised += charge
@@ -112,7 +136,7 @@ class Catalog:
         future.set_running_or_notify_cancel()
         with self._changed:
             write = self._queue.get(key)
-            entry = self._entries.get(key)
+            entry = self._entries.get(key) if key in self else None
             if self._closed or (write is None and entry is None):
                 self._misses += 1
                 future.set_result(None)
@@ -183,7 +207,7 @@ class Catalog:
 
     def keys(self) -> list[CacheKey]:
         with self._changed:
-            return list(self._policy)
+            return [key for key in self._policy if key not in self._locked]
 
     def clear(self) -> int:
         with self._changed:
@@ -278,7 +302,8 @@ class Catalog:
                 if write.cancelled:
                     self._condemn(write.row.file_id, write.charge)
                 else:
-                    self._entries.add(write.key, write.row.file_id, write.row.spec)
+                    charge = self._entries.add(write.key, write.row.file_id, write.row.spec, write.packed)
+                    self._promised -= write.charge - charge
                 self._queue.end(write)
             for write in failed:
                 self._condemn(write.row.file_id, write.charge)
@@ -304,9 +329,9 @@ class Catalog:
         for write in dropped:
             write.obj.ref_down()
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str, count: int = 1) -> None:
         with self._changed:
-            self._failures[reason] += 1
+            self._failures[reason] += count
 
     # Under the lock
 
@@ -336,10 +361,9 @@ class Catalog:
         metadata = max(self._metadata_rows, rows) * ENTRY_METADATA_BYTES
         return self._promised + charge + metadata - self._rules.limit
 
-    def _make_room(self, obj: MemoryObj) -> bool:
+    def _make_room(self, obj: MemoryObj, charge: int) -> bool:
         if not self._queue.has_room(obj):
             return False
-        charge = self._rules.charge(obj.spec.nbytes)
         if self._excess(charge, self._num_keys() + 1) <= 0:
             return True
         # Before anything goes: would it be enough? At least one must go, hence the 1 and no row more than now.
@@ -368,6 +392,7 @@ class Catalog:
             return
         self._policy.remove(key)
         self._pins.pop(key, None)
+        self._locked.discard(key)
         self._used.pop(entry.file_id, None)
         read = self._reads.pop(key, None)
         if read is None:

@@ -16,8 +16,10 @@ import numpy.typing as npt
 
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
-from lmcache.storage.disk.chunk_file import read_chunk, write_chunk
+from lmcache.storage.chunk_format import ChunkFormat
+from lmcache.storage.disk.chunk_file import PLAIN, read_chunk, write_chunk
 from lmcache.storage.disk.direct_io import supports_direct_io
+from lmcache.storage.disk.packed import Packed
 from lmcache.storage.disk.space import NUM_SHARDS
 from lmcache.storage.interface import Allocate
 
@@ -27,13 +29,13 @@ _SUFFIX = ".kv"
 class ChunkDirectory:
     """The files of one tier."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, chunk_format: ChunkFormat = PLAIN) -> None:
         """Makes what is missing and removes unfinished files.
 
         Raises:
             OSError: the directory cannot be made or written.
         """
-        self._root = root
+        self._root, self._format = root, chunk_format
         self._tmp = root / "tmp"
         self._tmp.mkdir(exist_ok=True, mode=0o700)
         for leftover in self._tmp.iterdir():
@@ -41,29 +43,35 @@ class ChunkDirectory:
         self.direct = supports_direct_io(self._tmp)
 
     @classmethod
-    def to_read(cls, root: Path) -> ChunkDirectory:
+    def to_read(cls, root: Path, chunk_format: ChunkFormat = PLAIN) -> ChunkDirectory:
         """Nothing is made or removed; only :meth:`read` may be called."""
         directory = cls.__new__(cls)
-        directory._root = root
+        directory._root, directory._format = root, chunk_format
         directory._tmp = root / "tmp"
         directory.direct = False
         return directory
 
-    def write(self, file_id: int, key: CacheKey, obj: MemoryObj, *, fsync: bool) -> None:
-        """Raises:
-        OSError: the medium refused; call :meth:`unlink`, a part may be there.
+    def write(self, file_id: int, key: CacheKey, obj: MemoryObj, *, fsync: bool) -> Packed | None:
+        """What :func:`write_chunk` says.
+
+        Raises:
+            OSError: the medium refused; call :meth:`unlink`, a part may be there.
         """
         unfinished, path = self._tmp / str(file_id), self._path(file_id)
-        write_chunk(unfinished, key, obj, direct=self.direct, fsync=fsync)
+        packed = write_chunk(unfinished, key, obj, direct=self.direct, fsync=fsync, chunk_format=self._format)
         try:
             unfinished.rename(path)
         except FileNotFoundError:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             unfinished.rename(path)
+        return packed
 
-    def read(self, file_id: int, key: CacheKey, spec: KVSpec, allocate: Allocate) -> MemoryObj:
+    def read(
+        self, file_id: int, key: CacheKey, spec: KVSpec, allocate: Allocate, *, packed: Packed | None = None
+    ) -> MemoryObj:
         """Raises what :func:`read_chunk` raises."""
-        return read_chunk(self._path(file_id), key, spec, allocate, direct=self.direct)
+        path = self._path(file_id)
+        return read_chunk(path, key, spec, allocate, direct=self.direct, packed=packed, chunk_format=self._format)
 
     def unlink(self, file_id: int) -> None:
         """Remove a file, finished or not. One that is not there is well.

@@ -61,8 +61,8 @@ def write_all(fd: int, buffers: Sequence[memoryview]) -> None:
         done += os.pwritev(fd, rest, done)
 
 
-def read_all(fd: int, buffers: Sequence[memoryview]) -> None:
-    """Fill ``buffers`` one after the other from the start of the file.
+def read_all(fd: int, buffers: Sequence[memoryview], start: int = 0) -> None:
+    """Fill ``buffers`` one after the other with what begins at ``start`` in the file.
 
     Raises:
         OSError: the medium failed.
@@ -70,9 +70,9 @@ def read_all(fd: int, buffers: Sequence[memoryview]) -> None:
     """
     done = 0
     while rest := _after(buffers, done):
-        got = os.preadv(fd, rest, done)
+        got = os.preadv(fd, rest, start + done)
         if got == 0:
-            raise EOFError(f"file ends after {done} bytes")
+            raise EOFError(f"file ends after {start + done} bytes")
         done += got
 
 

@@ -1,4 +1,4 @@
-"""Every chunk on the disk, in memory: key → file number and spec, a few machine words each."""
+"""Every chunk on the disk, in memory: key → file number, spec and packing, a few machine words each."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import numpy.typing as npt
 
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import KVSpec
+from lmcache.storage.disk.packed import Packed
 
 
 class Entry(NamedTuple):
-    """A chunk on the disk. ``charge`` is the bytes set aside for it."""
+    """A chunk on the disk. ``charge`` is the bytes set aside for it; ``packed`` is None where its payload is the
+    chunk's bytes."""
 
     file_id: int
     spec: KVSpec
+    packed: Packed | None
     charge: int
 
 
@@ -30,7 +33,8 @@ class EntryTable:
         charged: the charges of all entries.
     """
 
-    # 16 million specs (they differ in the number of tokens, so there are thousands), 2**39 files.
+    # 16 million specs and packings (specs differ in the number of tokens, packings in the number of blocks, so there
+    # are thousands), 2**39 files.
     _SPEC_BITS = 24
 
     def __init__(self, charge: Callable[[int], int]) -> None:
@@ -40,8 +44,8 @@ class EntryTable:
         self.charged = 0
         self._charge = charge
         self._packed: dict[CacheKey, int] = {}
-        self._specs: list[tuple[KVSpec, int]] = []
-        self._spec_ids: dict[KVSpec, int] = {}
+        self._specs: list[tuple[KVSpec, Packed | None, int]] = []
+        self._spec_ids: dict[tuple[KVSpec, Packed | None], int] = {}
 
     def __contains__(self, key: CacheKey) -> bool:
         return key in self._packed
@@ -49,11 +53,13 @@ class EntryTable:
     def __len__(self) -> int:
         return len(self._packed)
 
-    def add(self, key: CacheKey, file_id: int, spec: KVSpec) -> None:
-        """``key`` must be new."""
-        spec_id = self._spec_id(spec)
+    def add(self, key: CacheKey, file_id: int, spec: KVSpec, packed: Packed | None = None) -> int:
+        """``key`` must be new. What it is charged."""
+        spec_id = self._spec_id(spec, packed)
         self._packed[key] = file_id << self._SPEC_BITS | spec_id
-        self.charged += self._specs[spec_id][1]
+        charge = self._specs[spec_id][2]
+        self.charged += charge
+        return charge
 
     def get(self, key: CacheKey) -> Entry | None:
         packed = self._packed.get(key)
@@ -73,14 +79,14 @@ class EntryTable:
         ids.sort()
         return ids
 
-    def _spec_id(self, spec: KVSpec) -> int:
+    def _spec_id(self, spec: KVSpec, packed: Packed | None) -> int:
         # Most chunks are of one spec, and hashing one takes longer than all the rest of adding an entry.
-        if self._specs and self._specs[-1][0] is spec:
+        if self._specs and self._specs[-1][0] is spec and self._specs[-1][1] == packed:
             return len(self._specs) - 1
-        spec_id = self._spec_ids.get(spec)
+        spec_id = self._spec_ids.get((spec, packed))
         if spec_id is None:
-            spec_id = self._spec_ids[spec] = len(self._specs)
-            self._specs.append((spec, self._charge(spec.nbytes)))
+            spec_id = self._spec_ids[spec, packed] = len(self._specs)
+            self._specs.append((spec, packed, self._charge(spec.nbytes if packed is None else packed.nbytes)))
         return spec_id
 
     def _unpack(self, packed: int) -> Entry:

@@ -15,8 +15,10 @@ from typing import ClassVar
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.observability.logging import init_logger, log_limited
+from lmcache.storage.chunk_format import ChunkFormat
 from lmcache.storage.chunk_header import ChunkFormatError
 from lmcache.storage.disk.chunk_directory import ChunkDirectory
+from lmcache.storage.disk.chunk_file import PLAIN
 from lmcache.storage.disk.index import IndexDamagedError, IndexRow, read_index
 from lmcache.storage.disk.lock import DirectoryLock
 from lmcache.storage.disk.settings import DiskTierError
@@ -30,7 +32,9 @@ class ForeignDirectory(StorageTier):
 
     name: ClassVar[str] = "foreign"
 
-    def __init__(self, directory: Path, allocate: Allocate, read_threads: int) -> None:
+    def __init__(
+        self, directory: Path, allocate: Allocate, read_threads: int, chunk_format: ChunkFormat = PLAIN
+    ) -> None:
         """Raises:
         DiskTierError: the directory cannot be read, or a process writes it.
         """
@@ -39,13 +43,19 @@ class ForeignDirectory(StorageTier):
         except OSError as error:
             raise DiskTierError(f"{directory} cannot be read: {error}") from error
         try:
-            self._rows = {row.key: row for row in read_index(directory)}
-            self._chunks = ChunkDirectory.to_read(directory)
+            self._rows = {
+                row.key: row
+                for row in read_index(directory)
+                if chunk_format.refusal("" if row.packed is None else row.packed.key_id) is None
+            }
+            self._chunks = ChunkDirectory.to_read(directory, chunk_format)
         except (OSError, sqlite3.Error, IndexDamagedError) as error:
             self._lock.release()
             raise DiskTierError(f"{directory} cannot be read: {error}") from error
         self._allocate = allocate
-        self._used_bytes = sum(row.spec.nbytes for row in self._rows.values())
+        self._used_bytes = sum(
+            row.spec.nbytes if row.packed is None else row.packed.nbytes for row in self._rows.values()
+        )
         self._mutex = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
@@ -71,7 +81,7 @@ class ForeignDirectory(StorageTier):
 
     def _read(self, row: IndexRow) -> MemoryObj | None:
         try:
-            obj = self._chunks.read(row.file_id, row.key, row.spec, self._allocate)
+            obj = self._chunks.read(row.file_id, row.key, row.spec, self._allocate, packed=row.packed)
         except Exception as error:
             self._fault(row.key, error)
             self._count("misses")

@@ -14,11 +14,12 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import KVSpec
-from lmcache.storage.spec_codec import decode_key, decode_spec, encode_spec, key_kind
+from lmcache.storage.disk.packed import Packed, decode_stored, encode_stored
+from lmcache.storage.spec_codec import decode_key, key_kind
 
 INDEX_FILE = "index.db"
 ROWS_PER_COMMIT = 64
@@ -53,14 +54,19 @@ CREATE TABLE chunk (
 )
 """
 
+Specs: TypeAlias = "dict[bytes, tuple[KVSpec, Packed | None]]"
+
 _READY_ROWS = "SELECT file_id, kind, key, spec, last_use FROM chunk WHERE ready = 1 ORDER BY last_use"
 
 
 class IndexRow(NamedTuple):
+    """A chunk. ``packed`` is None where its payload is the chunk's bytes."""
+
     file_id: int
     key: CacheKey
     spec: KVSpec
     last_use: int
+    packed: Packed | None = None
 
 
 class IndexDamagedError(Exception):
@@ -82,7 +88,7 @@ def read_index(directory: Path) -> Iterator[IndexRow]:
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version != _SCHEMA_VERSION:
                 raise IndexDamagedError(f"index of version {version}, this program reads {_SCHEMA_VERSION}")
-            specs: dict[bytes, KVSpec] = {}
+            specs: Specs = {}
             for raw in db.execute(_READY_ROWS):
                 row = _parse_row(raw, specs)
                 if isinstance(row, IndexRow):
@@ -145,7 +151,7 @@ class DiskIndex:
         Raises:
             IndexDamagedError: the table cannot be read to its end.
         """
-        specs: dict[bytes, KVSpec] = {}
+        specs: Specs = {}
         try:
             for raw in self._db.execute(_READY_ROWS):
                 yield _parse_row(raw, specs)
@@ -163,6 +169,7 @@ class DiskIndex:
         *,
         begun: Collection[IndexRow] = (),
         finished: Collection[int] = (),
+        packed: Collection[IndexRow] = (),
         gone: Collection[int] = (),
         used: Mapping[int, int] | None = None,
     ) -> None:
@@ -171,6 +178,8 @@ class DiskIndex:
         Args:
             begun: files about to be written.
             finished: files that are complete.
+            packed: those of them that take another number of bytes, or are packed otherwise, than they were begun
+                with. Begin them with the most that they may take: rows that grow would need new pages.
             gone: files that are no more; unknown numbers are ignored.
             used: file number → time of its last use, a number that grows from use to use.
         """
@@ -179,7 +188,15 @@ class DiskIndex:
             if begun:
                 run(
                     "INSERT INTO chunk VALUES (?, ?, ?, ?, 0, ?)",
-                    [(r.file_id, key_kind(r.key), bytes(r.key), encode_spec(r.spec), r.last_use) for r in begun],
+                    [
+                        (r.file_id, key_kind(r.key), bytes(r.key), encode_stored(r.spec, r.packed), r.last_use)
+                        for r in begun
+                    ],
+                )
+            if packed:
+                run(
+                    "UPDATE chunk SET spec = ? WHERE file_id = ?",
+                    [(encode_stored(r.spec, r.packed), r.file_id) for r in packed],
                 )
             if finished:
                 run("UPDATE chunk SET ready = 1 WHERE file_id = ?", [(i,) for i in finished])
@@ -215,16 +232,16 @@ class DiskIndex:
             self.checkpoint()
 
 
-def _parse_row(raw: tuple[int, int, bytes, bytes, object], specs: dict[bytes, KVSpec]) -> IndexRow | int:
+def _parse_row(raw: tuple[int, int, bytes, bytes, object], specs: Specs) -> IndexRow | int:
     """The row, or its number alone when it makes no sense. ``specs`` keeps what was decoded: few differ."""
     file_id, kind, key, encoded, last_use = raw
     try:
         if not isinstance(last_use, int):
             return file_id
-        spec = specs.get(encoded)
-        if spec is None:
-            spec = specs[encoded] = decode_spec(encoded)
-        return IndexRow(file_id, decode_key(kind, key), spec, last_use)
+        stored = specs.get(encoded)
+        if stored is None:
+            stored = specs[encoded] = decode_stored(encoded)
+        return IndexRow(file_id, decode_key(kind, key), stored[0], last_use, stored[1])
     except (ValueError, TypeError):
         return file_id
 

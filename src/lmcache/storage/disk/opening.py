@@ -10,8 +10,10 @@ from pathlib import Path
 
 from lmcache.keys import CacheKey
 from lmcache.observability.logging import init_logger
+from lmcache.storage.chunk_format import PLAINTEXT, ChunkFormat
 from lmcache.storage.disk.catalog import Catalog
 from lmcache.storage.disk.chunk_directory import ChunkDirectory
+from lmcache.storage.disk.chunk_file import PLAIN
 from lmcache.storage.disk.index import INDEX_FILE, ROWS_PER_COMMIT, DiskIndex, IndexDamagedError, IndexRow
 from lmcache.storage.disk.lock import DirectoryLock
 from lmcache.storage.disk.settings import DiskSettings, DiskTierError
@@ -34,7 +36,9 @@ class OpenDirectory:
     writer: DiskWriter
 
 
-def open_directory(settings: DiskSettings, policy: EvictionPolicy[CacheKey]) -> OpenDirectory:
+def open_directory(
+    settings: DiskSettings, policy: EvictionPolicy[CacheKey], chunk_format: ChunkFormat = PLAIN
+) -> OpenDirectory:
     """Raises:
     DiskTierError: the directory cannot be used, or is in use by another process.
     """
@@ -45,7 +49,7 @@ def open_directory(settings: DiskSettings, policy: EvictionPolicy[CacheKey]) -> 
     except OSError as error:
         raise _unusable(directory, error) from error
     try:
-        return _open(settings, policy, lock)
+        return _open(settings, policy, lock, chunk_format)
     except (OSError, sqlite3.Error) as error:
         lock.release()
         raise _unusable(directory, error) from error
@@ -54,7 +58,9 @@ def open_directory(settings: DiskSettings, policy: EvictionPolicy[CacheKey]) -> 
         raise
 
 
-def _open(settings: DiskSettings, policy: EvictionPolicy[CacheKey], lock: DirectoryLock) -> OpenDirectory:
+def _open(
+    settings: DiskSettings, policy: EvictionPolicy[CacheKey], lock: DirectoryLock, chunk_format: ChunkFormat
+) -> OpenDirectory:
     directory = settings.directory
     rules = SpaceRules(directory, settings.capacity_bytes)
     if rules.limit < rules.charge(1):
@@ -62,14 +68,19 @@ def _open(settings: DiskSettings, policy: EvictionPolicy[CacheKey], lock: Direct
             f"{settings.capacity_bytes} bytes for {directory} are too few: the index alone needs {FIXED_BYTES}; "
             "raise max_local_disk_size"
         )
-    chunks = ChunkDirectory(directory)
-    catalog = Catalog(rules, policy, settings.write_queue_bytes)
+    chunks = ChunkDirectory(directory, chunk_format)
+    catalog = Catalog(rules, policy, settings.write_queue_bytes, chunk_format)
     unusable: list[int] = []
+    in_the_clear = 0
 
     def sound_rows(index: DiskIndex) -> Iterator[IndexRow]:
+        nonlocal in_the_clear
         for row in index.ready_rows():
             if isinstance(row, int):
                 unusable.append(row)
+            elif chunk_format.refusal("" if row.packed is None else row.packed.key_id) == PLAINTEXT:
+                unusable.append(row.file_id)
+                in_the_clear += 1
             else:
                 yield row
 
@@ -96,6 +107,15 @@ def _open(settings: DiskSettings, policy: EvictionPolicy[CacheKey], lock: Direct
     writer.unlink_condemned()
     if damaged:
         writer.sweep()
+    if in_the_clear:
+        logger.warning("disk tier: %d chunks in %s were not encrypted; they are removed", in_the_clear, directory)
+    if catalog.num_locked:
+        logger.warning(
+            "disk tier: %d chunks in %s are encrypted with keys that are not here; they stay until room is needed",
+            catalog.num_locked,
+            directory,
+        )
+        catalog.failed("start_no_key", catalog.num_locked)
     return OpenDirectory(lock, chunks, index, catalog, writer)
 
 

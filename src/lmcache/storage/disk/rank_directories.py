@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from lmcache.keys import CacheKey
 from lmcache.observability.logging import init_logger
+from lmcache.storage.chunk_format import ChunkFormat
+from lmcache.storage.disk.chunk_file import PLAIN
 from lmcache.storage.disk.foreign import ForeignDirectory
 from lmcache.storage.disk.index import INDEX_FILE
 from lmcache.storage.disk.settings import DiskSettings, DiskTierError
@@ -62,6 +64,7 @@ def open_foreign(
     settings: DiskSettings,
     allocate: Allocate,
     make_policy: Callable[[], EvictionPolicy[CacheKey]],
+    chunk_format: ChunkFormat = PLAIN,
 ) -> ForeignDirectory | None:
     """To read; None, with a word in the log, where that is not possible.
 
@@ -72,12 +75,12 @@ def open_foreign(
     deadline = time.monotonic() + _LOCK_SECONDS
     try:
         # Whichever rank comes first evicts for all.
-        LocalDiskTier(settings, allocate, make_policy()).close()
+        LocalDiskTier(settings, allocate, make_policy(), chunk_format).close()
     except DiskTierError as error:
         logger.debug("%s is not looked through for what is too much: %s", found.path, error)
     while True:
         try:
-            return ForeignDirectory(found.path, allocate, settings.read_threads)
+            return ForeignDirectory(found.path, allocate, settings.read_threads, chunk_format)
         except DiskTierError as error:  # noqa: PERF203 - another rank may be evicting
             if time.monotonic() > deadline:
                 logger.warning("chunks of rank %d of %d are not used: %s", found.rank, found.world_size, error)

@@ -11,7 +11,9 @@ from typing import ClassVar
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.observability.logging import init_logger, log_limited
+from lmcache.storage.chunk_format import ChunkFormat
 from lmcache.storage.chunk_header import ChunkFormatError
+from lmcache.storage.disk.chunk_file import PLAIN
 from lmcache.storage.disk.opening import open_directory
 from lmcache.storage.disk.settings import DiskSettings
 from lmcache.storage.disk.work import Read
@@ -34,15 +36,22 @@ class LocalDiskTier(StorageTier):
 
     name: ClassVar[str] = "disk"
 
-    def __init__(self, settings: DiskSettings, allocate: Allocate, policy: EvictionPolicy[CacheKey]) -> None:
+    def __init__(
+        self,
+        settings: DiskSettings,
+        allocate: Allocate,
+        policy: EvictionPolicy[CacheKey],
+        chunk_format: ChunkFormat = PLAIN,
+    ) -> None:
         """Args:
         allocate: gives the host memory that chunks are read into.
         policy: an empty one of the tier's own.
+        chunk_format: how chunks are written. Where it encrypts, chunks that lie there in the clear are removed.
 
         Raises:
             DiskTierError: the directory cannot be used, or is in use by another process.
         """
-        opened = open_directory(settings, policy)
+        opened = open_directory(settings, policy, chunk_format)
         self._lock, self._chunks, self._index = opened.lock, opened.chunks, opened.index
         self._catalog, self._writer = opened.catalog, opened.writer
         self._close_timeout = settings.close_timeout
@@ -108,7 +117,9 @@ class LocalDiskTier(StorageTier):
             return
         obj, reason, forget = None, None, False
         try:
-            obj = self._chunks.read(read.entry.file_id, read.key, read.entry.spec, self._allocate)
+            obj = self._chunks.read(
+                read.entry.file_id, read.key, read.entry.spec, self._allocate, packed=read.entry.packed
+            )
         except ChunkFormatError as error:
             reason, forget = f"read_{error.reason}", True
             self._warn(reason, error)

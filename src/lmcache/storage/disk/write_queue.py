@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.storage.disk.index import ROWS_PER_COMMIT, IndexRow
+from lmcache.storage.disk.packed import Packed
 
 # Enough to be worth two commits, little enough that the next burst can be prepared meanwhile.
 _BURST_BYTES = 64 << 20
@@ -14,11 +15,17 @@ _BURST_BYTES = 64 << 20
 
 @dataclass(eq=False)
 class Write:
-    """A chunk to be written. Holds a reference to ``obj``."""
+    """A chunk to be written. Holds a reference to ``obj``.
+
+    Attributes:
+        charge: bytes set aside for it: an upper bound, for how small it is packed only the writing finds out.
+        packed: how it was written.
+    """
 
     row: IndexRow
     obj: MemoryObj
     charge: int
+    packed: Packed | None = None
     cancelled: bool = False
 
     @property

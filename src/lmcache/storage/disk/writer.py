@@ -121,7 +121,7 @@ class DiskWriter:
         if write.cancelled:
             return False
         try:
-            self._chunks.write(write.row.file_id, write.key, write.obj, fsync=self._fsync)
+            write.packed = self._chunks.write(write.row.file_id, write.key, write.obj, fsync=self._fsync)
         except OSError as error:
             self.breaker.failed()
             self._fail(f"write_{errno_name(error)}", "writing a chunk", error)
@@ -155,6 +155,7 @@ class DiskWriter:
             self._index.commit(
                 begun=[w.row for w in begun],
                 finished=[w.row.file_id for w in finished],
+                packed=[w.row._replace(packed=w.packed) for w in finished if w.packed != w.row.packed],
                 gone=gone,
                 used=self._catalog.take_used(ROWS_PER_COMMIT),
             )

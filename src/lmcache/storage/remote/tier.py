@@ -14,8 +14,9 @@ from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.storage.breaker import CircuitBreaker
+from lmcache.storage.chunk_format import ChunkFormat
 from lmcache.storage.interface import Allocate, StorageTier, TierStats
-from lmcache.storage.remote.chunk_value import ChunkFormat, ChunkReceiver
+from lmcache.storage.remote.chunk_receiver import ChunkReceiver
 from lmcache.storage.remote.interface import RemoteStore, RemoteStoreError, Value, Wanted
 from lmcache.storage.remote.known_keys import KnownKeys
 from lmcache.storage.remote.names import RemoteNames
@@ -141,7 +142,7 @@ class RemoteTier(StorageTier):
         reads = self._reads.take()
         if not reads:
             return
-        receivers = [self.format.receiver(read.key, self._allocate) for read in reads]
+        receivers = [ChunkReceiver(self.format, read.key, self._allocate) for read in reads]
         wanted = [Wanted(self.names.of(read.key), each) for read, each in zip(reads, receivers, strict=True)]
         try:
             self.attempt("read", lambda: self.store.get(wanted, self._settings.timeout), None)
