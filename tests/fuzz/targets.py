@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from blake3 import blake3
@@ -18,7 +20,9 @@ from lmcache.storage.chunk_format import ChunkFormat
 from lmcache.storage.chunk_header import HEADER_BYTES, ChunkFormatError, ChunkHeader, Packing
 from lmcache.storage.codecs import CODEC_NAMES, make_codec
 from lmcache.storage.codecs.interface import CodecError
+from lmcache.storage.disk.chunk_file import read_chunk
 from lmcache.storage.disk.index import IndexRow, _parse_row
+from lmcache.storage.disk.packed import Packed
 from lmcache.storage.encryption import KeyRing
 from lmcache.storage.remote.chunk_receiver import ChunkReceiver
 from lmcache.storage.remote.interface import Receiver, RemoteStoreError
@@ -133,9 +137,39 @@ def index_row(data: bytes) -> None:
     """A row of a disk's index makes sense, or is its bare number."""
     number, at = len(data), len(data) // 2
     key = data[:KEY_BYTES]
-    for raw in ((number, 0, key, data[KEY_BYTES:], 1), (number, at % 4, data[:at], data[at:], data)):
+    stored = b'{"spec":' + data[KEY_BYTES:]
+    for raw in (
+        (number, 0, key, data[KEY_BYTES:], 1),
+        (number, 0, key, stored, 1),
+        (number, at % 4, data[:at], data[at:], data),
+    ):
         row = _parse_row(raw, {})
         assert row == number or (isinstance(row, IndexRow) and row.file_id == number)
+
+
+def packed_file(data: bytes) -> None:
+    """A file of the disk tier with changed bytes, or another row of the index for it, is refused, or is what was
+    written."""
+    if len(data) < 4:
+        return
+    number = data[0] % len(FORMATS)
+    value = bytearray(VALUES[number].ljust(-(-len(VALUES[number]) // HEADER_BYTES) * HEADER_BYTES, b"\0"))
+    packing = ChunkHeader.decode(bytes(value[:HEADER_BYTES])).packing
+    packed = None if packing is None else Packed.of(packing)
+    if data[-1] % 8 == 0:
+        packed = Packed((data[1] + 1) * HEADER_BYTES, "key")
+    for at in range(1, len(data) - 3, 3):
+        value[int.from_bytes(data[at : at + 2], "little") % len(value)] ^= data[at + 2]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(value)
+        file.flush()
+        try:
+            obj = read_chunk(
+                Path(file.name), KEY, SPEC, new_object, direct=False, packed=packed, chunk_format=FORMATS[number]
+            )
+        except ChunkFormatError:
+            return
+    assert torch.equal(obj.tensor, _must(taken(FORMATS[number], VALUES[number])))
 
 
 def codec(data: bytes) -> None:
@@ -227,4 +261,5 @@ TARGETS: list[Callable[[bytes], None]] = [
     sealed_value,
     sealed_header,
     index_row,
+    packed_file,
 ]

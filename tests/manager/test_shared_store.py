@@ -125,6 +125,26 @@ def test_what_is_not_exact_stays_with_servers_that_take_it(tmp_path: Path, codec
             assert exact.storage.flush(60)
 
 
+@pytest.mark.parametrize("codec", ["raw", "zstd", "fp8", "delta"])
+def test_codecs_and_keys_of_the_disk(tmp_path: Path, codec: str) -> None:
+    pytest.importorskip("zstandard")
+    disk = {"local_disk": tmp_path / "disk", "max_local_disk_size": 64 / 1024, "disk_codec": codec}
+    config = make_config(**disk, disk_encryption_keys="a:" + "A" * 43 + "=")
+    with LMCacheManager(config, make_metadata()) as first:
+        first.engine.store(TOKENS, kv_of(TOKENS))
+        assert first.storage.flush(60)
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "disk").rglob("*.kv"))
+    assert stored
+    assert kv_of(TOKENS).view(torch.uint8).numpy().tobytes()[:64] not in stored
+    exact = codec in ("raw", "zstd")
+    with LMCacheManager(config, make_metadata()) as second:
+        blob, found = second.engine.retrieve(TOKENS, return_tuple=False)
+        assert found.all()
+        assert torch.equal(blob, kv_of(TOKENS)) == exact
+    with LMCacheManager(make_config(**{**disk, "disk_codec": "raw"}), make_metadata()) as without:
+        assert without.engine.lookup(TOKENS) == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
@@ -134,6 +154,8 @@ def test_what_is_not_exact_stays_with_servers_that_take_it(tmp_path: Path, codec
         ({"remote_encryption_keys": "a:short"}, "id:key|32 bytes"),
         ({"remote_encryption_key_file": "/no/such/file"}, "cannot be read"),
         ({"remote_codec": "gzip"}, "raw"),
+        ({"local_disk": "/tmp/kv", "disk_encryption_keys": "a:short"}, "id:key|32 bytes"),
+        ({"local_disk": "/tmp/kv", "disk_encryption_key_file": "/no/such/file"}, "cannot be read"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused_at_the_start(
@@ -149,4 +171,7 @@ def test_the_keys_are_told_to_nobody() -> None:
     assert secret not in repr(config) + str(config.model_dump(mode="json"))
     with pytest.raises(ValueError, match="only one of them") as caught:
         make_config(remote_encryption_keys=secret, remote_encryption_key_file="/etc/keys")
+    assert secret not in str(caught.value)
+    with pytest.raises(ValueError, match="only one of them") as caught:
+        make_config(disk_encryption_keys=secret, disk_encryption_key_file="/etc/keys")
     assert secret not in str(caught.value)

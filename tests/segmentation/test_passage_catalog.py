@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from lmcache.keys import KEY_BYTES, CacheKey, PrefixKey, SegmentKey
 from lmcache.segmentation.passage_catalog import FILE, PassageCatalog
 from lmcache.segmentation.passage_row import PassageRow
+from lmcache.storage.chunk_format import ChunkFormat
+from lmcache.storage.encryption import KeyRing
 
 KEYS = st.builds(
     lambda kind, raw: kind(raw), st.sampled_from([PrefixKey, SegmentKey]), st.binary(min_size=KEY_BYTES, max_size=48)
@@ -147,3 +149,50 @@ def test_what_does_not_fit_the_queue_is_dropped_and_counted(tmp_path: Path) -> N
     for _ in range(catalog._queue.maxsize + 3):
         catalog.put(row(0))
     assert catalog.dropped == 3
+
+
+# Encrypted
+
+BY_OLD, BY_NEW = ChunkFormat(keys=KeyRing({"1": bytes(32)})), ChunkFormat(keys=KeyRing({"2": b"2" * 32}))
+BY_BOTH = ChunkFormat(keys=KeyRing({"2": b"2" * 32, "1": bytes(32)}))
+
+
+def tokens_lie_in(directory: Path, each: PassageRow) -> bool:
+    return any(each.tokens.tobytes()[:64] in path.read_bytes() for path in directory.iterdir())
+
+
+def rows_by(directory: Path, chunk_format: ChunkFormat, put: list[PassageRow] | None = None) -> list[PassageRow]:
+    catalog = PassageCatalog(directory, chunk_format)
+    found = list(catalog.rows())
+    for each in put or []:
+        catalog.put(each)
+    catalog.close()
+    return found
+
+
+def test_tokens_do_not_lie_there_in_the_clear(tmp_path: Path) -> None:
+    rows_by(tmp_path, BY_OLD, [row(1)])
+    assert not tokens_lie_in(tmp_path, row(1))
+    assert [plain(each) for each in rows_by(tmp_path, BY_OLD)] == [plain(row(1))]
+
+
+def test_rows_of_old_keys_are_read_and_those_of_others_dropped(tmp_path: Path) -> None:
+    rows_by(tmp_path, BY_OLD, [row(1)])
+    assert [plain(each) for each in rows_by(tmp_path, BY_BOTH, [row(2)])] == [plain(row(1))]
+    assert [plain(each) for each in rows_by(tmp_path, BY_NEW)] == [plain(row(2))]
+
+
+def test_switching_encryption_on_removes_what_lies_in_the_clear(tmp_path: Path) -> None:
+    write(tmp_path, [row(1)])
+    (tmp_path / "passages.damaged").write_bytes((tmp_path / FILE).read_bytes())
+    assert tokens_lie_in(tmp_path, row(1))
+    assert rows_by(tmp_path, BY_OLD, [row(2)]) == []
+    assert not tokens_lie_in(tmp_path, row(1))
+    assert [plain(each) for each in rows_by(tmp_path, BY_OLD)] == [plain(row(2))]
+
+
+def test_without_its_key_a_sealed_catalog_is_set_aside(tmp_path: Path) -> None:
+    rows_by(tmp_path, BY_OLD, [row(1)])
+    assert read(tmp_path) == []
+    write(tmp_path, [row(2)])
+    assert [plain(each) for each in read(tmp_path)] == [plain(row(2))]

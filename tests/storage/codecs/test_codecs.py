@@ -149,7 +149,11 @@ def test_an_unknown_name() -> None:
 def test_the_configuration_knows_which_are_exact(name: str) -> None:
     config = LMCacheEngineConfig(remote_url="redis://host", remote_codec=name)
     assert config.inexact_codec == ("" if make_codec(name).is_exact else name)
-    assert LMCacheEngineConfig(remote_codec=name).inexact_codec == ""
+    assert LMCacheEngineConfig(remote_codec=name, disk_codec=name).inexact_codec == ""
+    config = LMCacheEngineConfig(local_disk="/kv", disk_codec=name)
+    assert config.inexact_codec == ("" if make_codec(name).is_exact else name)
+    both = LMCacheEngineConfig(local_disk="/kv", disk_codec=name, remote_url="redis://host", remote_codec="fp8")
+    assert both.inexact_codec == ("delta+fp8" if name == "delta" else "fp8")
 
 
 @pytest.mark.parametrize("name", ["fp8", "delta"])
