@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -19,13 +20,14 @@ from lmcache.storage.chunk_header import HEADER_BYTES, ChunkHeader
 from lmcache.storage.codecs import make_codec
 from lmcache.storage.disk import DiskSettings, LocalDiskTier
 from lmcache.storage.disk.direct_io import BLOCK
+from lmcache.storage.disk.foreign import ForeignDirectory
 from lmcache.storage.disk.packed import Packed, decode_stored, encode_stored
-from lmcache.storage.disk.space import FIXED_BYTES, SpaceRules
+from lmcache.storage.disk.space import ENTRY_METADATA_BYTES, FIXED_BYTES, SpaceRules
 from lmcache.storage.encryption import KeyRing
 from lmcache.storage.interface import Allocate
 from lmcache.storage.policies.lru import LRUPolicy
 from tests.storage.conformance import SPEC as BIG
-from tests.storage.conformance import BoundedTierConformance
+from tests.storage.conformance import BoundedTierConformance, TierConformance
 from tests.storage.disk.helpers import SPEC, Heap, chunk_files, content, get, key_of, put, spec_of
 
 OLD, NEW = bytes(range(32)), bytes(range(1, 33))
@@ -37,18 +39,31 @@ FORMATS = [
 CAPACITY = 64 << 20
 
 
-class _Conformance(BoundedTierConformance):
-    chunk_format = ChunkFormat()
-    # An encrypted chunk needs a block more than a raw one; a zstd one may, until it has been packed.
-    entry_overhead = SpaceRules(Path("/"), FIXED_BYTES).charge(BIG.nbytes + BLOCK) + 1024 - BIG.nbytes
+def conforming(tmp_path: Path, capacity_bytes: int, allocate: Allocate, chunk_format: ChunkFormat) -> LocalDiskTier:
+    options = DiskSettings(tmp_path / "kv", FIXED_BYTES + capacity_bytes)
+    return LocalDiskTier(options, allocate, LRUPolicy(), chunk_format)
+
+
+class TestEncrypted(BoundedTierConformance):
+    # The tag takes a block more.
+    entry_overhead = SpaceRules(Path("/"), FIXED_BYTES).charge(BIG.nbytes + BLOCK) + ENTRY_METADATA_BYTES - BIG.nbytes
 
     def make_tier(self, tmp_path: Path, capacity_bytes: int, allocate: Allocate) -> LocalDiskTier:
-        options = DiskSettings(tmp_path / "kv", FIXED_BYTES + capacity_bytes)
-        return LocalDiskTier(options, allocate, LRUPolicy(), self.chunk_format)
+        return conforming(tmp_path, capacity_bytes, allocate, ChunkFormat(keys=BY_BOTH))
 
 
-class TestEncrypted(_Conformance):
-    chunk_format = ChunkFormat(keys=BY_BOTH)
+class TestPacked(TierConformance):
+    """How many fit depends on their bytes."""
+
+    keys: ClassVar[KeyRing | None] = None
+    entry_overhead = TestEncrypted.entry_overhead
+
+    def make_tier(self, tmp_path: Path, capacity_bytes: int, allocate: Allocate) -> LocalDiskTier:
+        return conforming(tmp_path, capacity_bytes, allocate, ChunkFormat(make_codec("zstd"), self.keys))
+
+
+class TestPackedAndEncrypted(TestPacked):
+    keys = BY_BOTH
 
 
 def open_with(directory: Path, heap: Heap, codec: str = "raw", keys: KeyRing | None = None) -> LocalDiskTier:
@@ -138,6 +153,20 @@ def test_what_there_is_no_key_for_is_kept_until_it_is_put_anew(
     tier = open_with(tmp_path, heap, keys=BY_OLD)  # somebody had forgotten the key
     assert get(tier, key_of(2)) is not None
     tier.close()
+
+
+@pytest.mark.parametrize("keys", [None, BY_BOTH, BY_NEW])
+def test_the_directory_of_another_rank(tmp_path: Path, heap: Heap, keys: KeyRing | None) -> None:
+    tier = open_with(tmp_path, heap, "zstd", BY_OLD)
+    zeros(tier, heap, 1)
+    tier.close()
+    foreign = ForeignDirectory(tmp_path, heap.allocate, 1, ChunkFormat(keys=keys))
+    obj = foreign.submit_get(key_of(1)).result(60)
+    assert (obj is not None) == foreign.contains(key_of(1)) == (keys is BY_BOTH)
+    if obj is not None:
+        obj.ref_down()
+    foreign.close()
+    assert len(chunk_files(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
