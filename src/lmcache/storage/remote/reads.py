@@ -54,10 +54,12 @@ class Reads:
         """Hand ``obj``, whose reference is taken over, to everyone who waits for it."""
         with self._lock:
             del self._under_way[read.key]
-        for future in read.futures:
-            future.set_result(None if obj is None else obj.ref_up())
+        # A reference each, all before the first wakes up: whoever is last to give theirs back frees it.
         if obj is not None:
-            obj.ref_down()
+            for _ in read.futures[1:]:
+                obj.ref_up()
+        for future in read.futures:
+            future.set_result(obj)
 
     def give_up(self) -> None:
         """All that wait are misses."""

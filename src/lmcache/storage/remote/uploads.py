@@ -19,6 +19,7 @@ class Uploads:
         self._bytes = 0
         self._waiting: dict[CacheKey, MemoryObj] = {}
         self._writing: dict[CacheKey, MemoryObj] = {}
+        self._letting_go = 0
         self._closed = False
 
     def __contains__(self, key: CacheKey) -> bool:
@@ -49,9 +50,8 @@ class Uploads:
             obj = self._waiting.pop(key, None)
             if obj is None:
                 return False
-            self._bytes -= obj.spec.nbytes
-            self._changed.notify_all()
-        obj.ref_down()
+            self._letting_go += 1
+        self._let_go(obj)
         return True
 
     def cancel_all(self) -> int:
@@ -77,14 +77,27 @@ class Uploads:
         """What was taken has been written, or was given up."""
         with self._changed:
             obj = self._writing.pop(key)
-            self._bytes -= obj.spec.nbytes
-            self._changed.notify_all()
-        obj.ref_down()
+            self._letting_go += 1
+        self._let_go(obj)
+
+    def _let_go(self, obj: MemoryObj) -> None:
+        # Outside the lock, as it ends in the pool; only then is it gone for those who wait.
+        nbytes = obj.spec.nbytes
+        try:
+            obj.ref_down()
+        finally:
+            with self._changed:
+                self._letting_go -= 1
+                self._bytes -= nbytes
+                self._changed.notify_all()
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait until nothing is left."""
+        """Wait until nothing is left, and every reference was given back."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
+            return self._changed.wait_for(self._is_empty, timeout)
+
+    def _is_empty(self) -> bool:
+        return not (self._waiting or self._writing or self._letting_go)
 
     def close(self) -> None:
         """No more are taken in; those that wait are dropped."""
