@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -15,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 
 from typing_extensions import Self
+
+from demo.fleet.standstill import go_on, stand_still
 
 
 class RedisMissingError(RuntimeError):
@@ -64,10 +64,12 @@ class RedisServer:
 
     def pause(self) -> None:
         """It takes connections, and answers nothing."""
-        self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        stand_still(self._process.pid)
 
     def resume(self) -> None:
-        self._signal(signal.SIGCONT)
+        assert self._process is not None
+        go_on(self._process.pid)
 
     def num_keys(self) -> int:
         return int(self._ask(b"DBSIZE")[1:])
@@ -91,10 +93,6 @@ class RedisServer:
             connection.connect(str(self.socket))
             connection.sendall(command + b"\r\n")
             return connection.makefile("rb").readline().strip()
-
-    def _signal(self, number: int) -> None:
-        assert self._process is not None
-        os.kill(self._process.pid, number)
 
     def __enter__(self) -> Self:
         self.start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import httpx
 from typing_extensions import Self
 
 from demo.fleet.redis_server import free_port
+from demo.fleet.standstill import go_on, stand_still
 
 ACCESS_KEY, SECRET_KEY = "someone", "a-secret-of-tests"
 
@@ -94,11 +94,11 @@ class S3Server:
 
     def pause(self) -> None:
         assert self._process is not None
-        os.kill(self._process.pid, signal.SIGSTOP)
+        stand_still(self._process.pid)
 
     def resume(self) -> None:
         assert self._process is not None
-        os.kill(self._process.pid, signal.SIGCONT)
+        go_on(self._process.pid)
 
     def __enter__(self) -> Self:
         self.start()
