@@ -14,11 +14,11 @@ from demo.fleet.redis_server import free_port
 
 
 class RedisLink:
-    """``with RedisLink(port) as link:`` leads from ``link.port`` to ``port``, both on this machine."""
+    """``with RedisLink(port) as link:`` leads from ``link.port`` of this machine to ``port`` of ``host``."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         self.port = free_port()
-        self._target = port
+        self._target = host, port
         self._listener: socket.socket | None = None
         self._flows = threading.Event()
         self._flows.set()
@@ -51,7 +51,7 @@ class RedisLink:
         while True:
             try:
                 near, _ = listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._target), timeout=5)
+                far = socket.create_connection(self._target, timeout=5)
             except OSError:
                 if self._listener is not listener:
                     return

@@ -1,0 +1,1 @@
+"""Two vLLM servers, a Redis and disks, while all of them fail at random."""

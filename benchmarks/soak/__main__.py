@@ -1,0 +1,142 @@
+"""Two vLLM servers, a Redis and disks, while all of them fail at random; what the clients saw of it.
+
+usage: python -m benchmarks.soak --model FOLDER [--minutes N] [--seed N] [--json FILE] [--work FOLDER]
+
+Clients ask both servers all the time. Every few seconds something happens: a server or Redis is killed and started
+again, the network to Redis is cut, stalls or loses all packets for five seconds, bits flip in Redis and in files on
+disk, a disk is full, a server's wall clock jumps. Exits with 1 if an exact answer was wrong, a request failed whose
+server was alive, a pin or a reference was left in a server without requests, or a request waited longer for the cache
+than the configured deadlines allow. Server A reaches Redis through a link that closes and stalls connections, B through
+a network namespace that loses packets, where the machine allows to make one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.soak.clients import BLENDED, COMPUTED, EXACT, Clients
+from benchmarks.soak.faults import Faults
+from benchmarks.soak.network import FAR, Namespace
+from benchmarks.soak.servers import DEADLINE, start_server
+from demo.fleet.redis_link import RedisLink
+from demo.fleet.redis_server import RedisServer
+
+console = Console(highlight=False)
+
+
+def run(clients: Clients, faults: Faults, minutes: float, seed: int) -> None:
+    choose = random.Random(seed)
+    clients.start()
+    end = time.monotonic() + 60 * minutes
+    while time.monotonic() < end:
+        clients.happening = "nothing"
+        time.sleep(choose.uniform(3, 8))
+        clients.happening = name = faults.choose()
+        seen = clients.seen
+        console.print(f"[dim]{time.strftime('%H:%M:%S')} {name}; {seen.served.total()} served, {len(seen.wrong)} wrong")
+        faults.happen(name)
+    clients.happening = "nothing"
+    time.sleep(10)
+    clients.stop()
+
+
+def report(clients: Clients, faults: Faults) -> tuple[dict[str, float], list[str]]:
+    """The figures, and what must not be."""
+    seen = clients.seen
+    ours = [*seen.over[EXACT], *seen.over[BLENDED]]
+    longest, machine = max(ours)[0], max(seen.over[COMPUTED])[0]
+    figures = {
+        "requests served": seen.served.total(),
+        **{f"of these {way}": count for way, count in seen.served.items()},
+        "wrong texts": len(seen.wrong),
+        "failed although the server was alive": len(seen.failed),
+        "cut off with their server": seen.cut_off,
+        "times that leaks were looked for": faults.looked,
+        "leaked pins or references": len(faults.leaked),
+        "tokens asked for": seen.prompt_tokens,
+        **{f"tokens from {tier}": count for tier, count in seen.tiers.items()},
+        **{f"seconds to first token, {way}, median": median(all_) for way, all_ in seen.seconds.items() if all_},
+        "longest beyond computing alone, with the cache": longest,
+        "the same of requests that go without the cache": machine,
+        "the configured deadline": DEADLINE,
+    }
+    problems = [*seen.wrong, *seen.failed, *faults.leaked]
+    # What this machine does to a request that asks nothing of us is not our doing.
+    if longest > DEADLINE + max(0.0, machine):
+        problems += [f"{over:.2f} s longer than alone ({what})" for over, what in sorted(ours)[-5:]]
+    return figures, problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--logs", type=Path, help="folder to keep the servers' logs in")
+    given = parser.parse_args()
+    with ExitStack() as running:
+        work = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True)))
+        namespace = Namespace(running)
+        arguments = ["--maxmemory", "128mb", "--maxmemory-policy", "allkeys-lru"]
+        program, host = "redis-server", "127.0.0.1"
+        if namespace.is_there:
+            program, host = namespace.program(work, program), FAR
+            arguments += ["--bind", FAR, "--protected-mode", "no"]
+        redis = running.enter_context(RedisServer(work, arguments, program))
+        link = running.enter_context(RedisLink(redis.port, host))
+        ports = {
+            "A": ("127.0.0.1", link.port),
+            "B": (host, redis.port) if namespace.is_there else ("127.0.0.1", link.port),
+        }
+        servers = [
+            start_server(name, running, work, given.model.resolve(), f"redis://{at}:{port}")
+            for name, (at, port) in ports.items()
+        ]
+        clients = Clients(servers, given.seed)
+        faults = Faults(servers, redis, link, namespace, given.seed)
+        for missing in faults.left_out:
+            console.print(f"[yellow]left out: {missing}")
+        clients.learn()
+        run(clients, faults, given.minutes, given.seed)
+        for server in servers:
+            faults.look_for_leaks(server)
+        if given.logs:
+            given.logs.mkdir(parents=True, exist_ok=True)
+            for server in servers:
+                (given.logs / server.log.name).write_bytes(server.log.read_bytes())
+        tracebacks = sum(server.log.read_text(errors="replace").count("Traceback") for server in servers)
+    figures, problems = report(clients, faults)
+    figures["tracebacks in the servers' logs"] = tracebacks
+    table = Table("", "", title=f"{given.minutes:g} minutes, {faults.counts.total()} faults", show_header=False)
+    for fault, count in sorted(faults.counts.items()):
+        table.add_row(f"  {fault}", str(count))
+    table.add_section()
+    for name, figure in figures.items():
+        table.add_row(name, f"{figure:,.2f}" if isinstance(figure, float) else f"{figure:,}")
+    console.print(table)
+    slow = sorted((over, way, what) for way, all_ in clients.seen.over.items() for over, what in all_)[-8:]
+    for over, way, what in reversed(slow):
+        console.print(f"[dim]{over:6.2f} s longer than alone: {way}, {what}")
+    for missing in faults.left_out:
+        console.print(f"[yellow]left out: {missing}")
+    for problem in problems[:12]:
+        console.print(f"[red]{problem}", markup=False)
+    if given.json:
+        given.json.write_text(json.dumps({"faults": faults.counts, "left out": faults.left_out, **figures}, indent=1))
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
