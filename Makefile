@@ -70,7 +70,7 @@ fuzz: setup ## throw bytes at all that reads from disk and network, for SECONDS
 
 MINUTES ?= 20
 soak: setup ## two vLLM servers and a Redis while everything fails at random, for MINUTES
-	$(BIN)/python -m benchmarks.soak --model $(MODEL) --minutes $(MINUTES)
+	$(BIN)/python -m benchmarks.soak --model $(MODEL) --minutes $(MINUTES) --json .cache/soak/figures.json --logs .cache/soak
 
 bench: setup ## measure, and write the figures and plots of docs/benchmarks.md
 	$(BIN)/python benchmarks/write_docs.py

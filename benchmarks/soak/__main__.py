@@ -1,6 +1,6 @@
 """Two vLLM servers, a Redis and disks, while all of them fail at random; what the clients saw of it.
 
-usage: python -m benchmarks.soak --model FOLDER [--minutes N] [--seed N] [--json FILE] [--work FOLDER]
+usage: python -m benchmarks.soak --model FOLDER [--minutes N] [--seed N] [--json FILE] [--logs FOLDER]
 
 Clients ask both servers all the time. Every few seconds something happens: a server or Redis is killed and started
 again, the network to Redis is cut, stalls or loses all packets for five seconds, bits flip in Redis and in files on
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -44,7 +45,8 @@ def run(clients: Clients, faults: Faults, minutes: float, seed: int) -> None:
         time.sleep(choose.uniform(3, 8))
         clients.happening = name = faults.choose()
         seen = clients.seen
-        console.print(f"[dim]{time.strftime('%H:%M:%S')} {name}; {seen.served.total()} served, {len(seen.wrong)} wrong")
+        told = f"{seen.served.total()} served, {len(seen.wrong)} wrong, {len(seen.failed)} failed"
+        console.print(f"[dim]{time.strftime('%H:%M:%S')} {name}; {told}")
         faults.happen(name)
     clients.happening = "nothing"
     time.sleep(10)
@@ -55,7 +57,7 @@ def report(clients: Clients, faults: Faults) -> tuple[dict[str, float], list[str
     """The figures, and what must not be."""
     seen = clients.seen
     ours = [*seen.over[EXACT], *seen.over[BLENDED]]
-    longest, machine = max(ours)[0], max(seen.over[COMPUTED])[0]
+    longest, machine = (max((over for over, _ in each), default=0.0) for each in (ours, seen.over[COMPUTED]))
     figures = {
         "requests served": seen.served.total(),
         **{f"of these {way}": count for way, count in seen.served.items()},
@@ -72,6 +74,8 @@ def report(clients: Clients, faults: Faults) -> tuple[dict[str, float], list[str
         "the configured deadline": DEADLINE,
     }
     problems = [*seen.wrong, *seen.failed, *faults.leaked]
+    if not seen.served:
+        problems.append("nothing was served")
     # What this machine does to a request that asks nothing of us is not our doing.
     if longest > DEADLINE + max(0.0, machine):
         problems += [f"{over:.2f} s longer than alone ({what})" for over, what in sorted(ours)[-5:]]
@@ -86,6 +90,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--logs", type=Path, help="folder to keep the servers' logs in")
     given = parser.parse_args()
+    # Servers and mounts are to go also when this is ended from outside.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with ExitStack() as running:
         work = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True)))
         namespace = Namespace(running)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,8 @@ WEIGHTS = (6, 2, 1)
 
 @dataclass
 class Seen:
-    """``seconds`` to the first token, and ``over``, how much longer than the same prompt took when nothing else ran;
-    by way."""
+    """``seconds`` to the first token, and ``over``, how much longer than the same prompt took before anything was
+    broken; by way."""
 
     served: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -59,8 +60,13 @@ class Clients:
 
     def learn(self) -> None:
         """What is right, and how long it takes."""
-        for text, question in self._prompts:
-            answers = [_ask(server, text, question, COMPUTED) for server in self._servers]
+
+        def ask_all(server: Server) -> list[Answer]:
+            return [_ask(server, text, question, COMPUTED) for text, question in self._prompts]
+
+        with ThreadPoolExecutor() as pool:
+            by_server = list(pool.map(ask_all, self._servers))
+        for (text, question), answers in zip(self._prompts, zip(*by_server, strict=True), strict=True):
             assert len({answer.text for answer in answers}) == 1
             self._expected[text + question] = answers[0].text
             self._alone[text + question] = max(answer.seconds_to_first_token for answer in answers)

@@ -51,10 +51,10 @@ class Server:
         self.is_up.set()
 
     def kill(self) -> None:
-        assert self.running is not None
         self.is_up.clear()
         self.kills += 1
-        self.running.kill()
+        if self.running is not None:
+            self.running.kill()
 
     def leaked(self, seconds: float = 30) -> dict[str, int]:
         """Pins, and references besides the memory tier's own, that are still there after so long without a request."""
@@ -115,6 +115,6 @@ def start_server(name: str, running: ExitStack, work: Path, model: Path, redis_u
         *("--kv-transfer-config", json.dumps({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"})),
     ]
     server = Server(name, command, environment, work / f"{name}.log", disk, clock, asked, has_small_disk)
-    running.callback(lambda: server.running and server.running.kill())
+    running.callback(server.kill)
     server.start()
     return server
