@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -28,12 +29,17 @@ class ChunkSource:
     """
 
     def __init__(self, connector: PagedConnector, parts: Sequence[ChunkPart], length: int) -> None:
-        self._parts = [(connector.chunk_views(obj), offset, num_tokens) for obj, offset, num_tokens in parts]
+        self._connector = connector
         self._chunks = parts
         self._device = connector.tensors[0].device
         self._under_way: dict[int, _Arriving] = {}
         self.num_tokens = sum(part.num_tokens for part in parts)
         self.length = length
+
+    @cached_property
+    def _parts(self) -> list[tuple[tuple[torch.Tensor, ...], int, int]]:
+        views = self._connector.chunk_views
+        return [(views(obj), offset, num_tokens) for obj, offset, num_tokens in self._chunks]
 
     def layer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`lmcache.blend.kv_source.KVSource`. On the device of the pages."""
@@ -68,7 +74,7 @@ class ChunkSource:
     def dense_chunks(self) -> Sequence[tuple[torch.Tensor, int, int]] | None:
         """Each part's chunk ``[layers, 2, tokens, heads, dim]``, its first token and their number; None where chunks
         do not lie so."""
-        if any(part.obj.spec.layout != TOKEN_MAJOR or part.obj.tensor.shape[1] != 2 for part in self._chunks):
+        if any(part.obj.spec.layout != TOKEN_MAJOR or part.obj.spec.shape[1] != 2 for part in self._chunks):
             return None
         return [(part.obj.tensor, part.offset, part.num_tokens) for part in self._chunks]
 

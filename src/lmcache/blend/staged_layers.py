@@ -142,16 +142,15 @@ class StagedLayers:
         self._row_bytes = self._row_numel * dtype.itemsize
         self._runs = _Runs()
         self._others: list[_Other] = []
-        k_from, v_from, at = [], [], 0
+        runs: list[int] = []  # how many rows of K, then as many of V
         for placed in spans:
-            for count in self._plan(placed, at, dtype):
-                k_from.append(torch.arange(at, at + count))
-                v_from.append(torch.arange(at + count, at + 2 * count))
-                at += 2 * count
-        none = [torch.empty(0, dtype=torch.int64)]
-        self.k_from = torch.cat(k_from or none).to(torch.int32)
-        self.v_from = torch.cat(v_from or none).to(torch.int32)
-        self._staged_rows = at
+            runs += self._plan(placed, 2 * sum(runs), dtype)
+        counts = np.array(runs, dtype=np.int32)
+        before = np.repeat(np.cumsum(counts) - counts, counts)
+        k_from = (np.arange(len(before)) + before).astype(np.int32)
+        self.k_from = torch.from_numpy(k_from)
+        self.v_from = torch.from_numpy(k_from + np.repeat(counts, counts))
+        self._staged_rows = 2 * len(before)
         self._dtype = dtype
         self._next = 0
 

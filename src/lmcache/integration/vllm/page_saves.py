@@ -10,6 +10,7 @@ from lmcache.integration.guard import report_failure
 from lmcache.integration.vllm.connector_metadata import SaveOp, SegmentRun, SegmentSaveOp
 from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.keys import PrefixKey, token_array
+from lmcache.memory.int_tensor import int_tensor
 from lmcache.prompt import cut
 from lmcache.segmentation.known_passages import KnownChunk
 
@@ -83,7 +84,7 @@ class PageSaves:
 
 def slot_mapping(block_ids: list[int], num_tokens: int, block_size: int, *, first: int = 0) -> torch.Tensor:
     """Slot of each of ``num_tokens`` tokens, int64 ``[T]``; −1 before ``first``."""
-    blocks = torch.tensor(block_ids[: -(-num_tokens // block_size)], dtype=torch.int64)
+    blocks = int_tensor(block_ids[: -(-num_tokens // block_size)])
     slots = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()[:num_tokens]
     slots[:first] = -1
     return slots

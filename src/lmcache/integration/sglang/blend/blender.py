@@ -17,6 +17,7 @@ from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.blend.options import BlendOptions
 from lmcache.integration.blend.ropes import find_ropes
 from lmcache.integration.sglang.blend.host import SGLangHost, SGLangModel
+from lmcache.memory.int_tensor import int_tensor
 from lmcache.paging.paged_connector import PagedConnector
 
 
@@ -69,7 +70,7 @@ class Blender:
             ratio=prepared.options.ratio,
         )
         return blend_pages(
-            SGLangHost(self._model, [torch.tensor(prepared.token_ids)], self._groups),
+            SGLangHost(self._model, [int_tensor(prepared.token_ids)], self._groups),
             self._connector,
             [prompt],
             self._ropes,

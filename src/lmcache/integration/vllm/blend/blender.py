@@ -29,6 +29,7 @@ from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
 from lmcache.integration.vllm.blend.scoring import Scoring
+from lmcache.memory.int_tensor import int_tensor
 from lmcache.observability.logging import init_logger
 from lmcache.paging.paged_connector import PagedConnector
 
@@ -164,7 +165,7 @@ class Blender:
             )
             for _, prepared, slots in group
         ]
-        host = VLLMHost(self._model, [torch.tensor(prepared.token_ids) for _, prepared, _ in group])
+        host = VLLMHost(self._model, [int_tensor(prepared.token_ids) for _, prepared, _ in group])
         options = group[0].prepared.options
         result = blend_pages(
             host,
