@@ -38,7 +38,7 @@ class RequestTracker:
     asked_for: int = -1
     lease: PrefixLease | RankedLease | None = None
     leased_for: int = 0
-    wait_until: float | None = None
+    waiting_since: float | None = None
     local_tokens: int = 0
     external_tokens: int = 0
     saved_chunks: int = 0

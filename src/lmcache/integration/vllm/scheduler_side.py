@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger(__name__)
+
+# A save under load stands in line behind others: longer than that, to compute a chunk again is sooner done.
+_MAX_SAVE_WAIT_SECONDS = 0.5
 
 
 class SchedulerSide:
@@ -56,15 +60,18 @@ class SchedulerSide:
             return None
         lease = tracker.lease
         assert lease is not None
-        if not lease.ready() or self._awaits_save(tracker):
+        if not lease.ready():
             if self._may_wait(tracker):
                 return None
             lease.cut()
+        elif self._awaits_save(tracker, num_computed_tokens) and self._may_wait(tracker, _MAX_SAVE_WAIT_SECONDS):
+            tracker.leased_for = -1  # look again
+            return None
         exact = max(lease.num_tokens, num_computed_tokens)
         blended = self._blend(tracker, exact, num_computed_tokens)
         if blended is None:
             return None
-        tracker.wait_until = None
+        tracker.waiting_since = None
         tracker.local_tokens = num_computed_tokens
         reusable: int = min(request.num_tokens if blended else lease.num_tokens, request.num_tokens - 1)
         reusable -= num_computed_tokens
@@ -205,22 +212,18 @@ class SchedulerSide:
         tracker.leased_for = num_tokens
         return True
 
-    def _awaits_save(self, tracker: RequestTracker) -> bool:
-        """Whether the first chunk that is missing is being saved right now, by a request just before this one."""
+    def _awaits_save(self, tracker: RequestTracker, local_tokens: int) -> bool:
+        """Whether the first chunk that neither we nor vLLM's own cache have is being saved right now, by a request just
+        before this one."""
         assert tracker.lease is not None
-        first_missing = tracker.lease.num_tokens // self._config.chunk_size
-        if first_missing >= len(tracker.keys):
-            return False
-        if self._shared.saves.will_hold(tracker.keys[first_missing]):
-            tracker.leased_for = -1  # look again
-            return True
-        return False
+        first_missing = max(tracker.lease.num_tokens, local_tokens) // self._config.chunk_size
+        return first_missing < len(tracker.keys) and self._shared.saves.will_hold(tracker.keys[first_missing])
 
-    def _may_wait(self, tracker: RequestTracker) -> bool:
+    def _may_wait(self, tracker: RequestTracker, limit: float = math.inf) -> bool:
         now = time.monotonic()
-        if tracker.wait_until is None:
-            tracker.wait_until = now + self._config.max_disk_wait_seconds
-        return now < tracker.wait_until
+        if tracker.waiting_since is None:
+            tracker.waiting_since = now
+        return now - tracker.waiting_since < min(limit, self._config.max_disk_wait_seconds)
 
     def _plan(
         self,
