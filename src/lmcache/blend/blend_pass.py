@@ -19,6 +19,7 @@ from lmcache.blend.plan import BlendPlan
 from lmcache.blend.policies.interface import SelectionPolicy
 from lmcache.blend.rope import FusedRope
 from lmcache.blend.selection import DeviationTensor, HeadReduction, SelectionContext
+from lmcache.observability.ranges import Range
 
 Output = TypeVar("Output")
 
@@ -136,7 +137,8 @@ class _Blend(Generic[Output]):
         planned = time.perf_counter()
         before = self._moving()
         last_layer = self._host.num_layers - 1 if kv_only else None
-        output = Recompute(self._batch, self._kv, computed, self._max_rows, on_layer, last_layer).run(self._host)
+        with Range("recompute"):
+            output = Recompute(self._batch, self._kv, computed, self._max_rows, on_layer, last_layer).run(self._host)
         assert kv_only or output is not None, "the host stopped a forward that nobody asked it to stop"
         recompute = time.perf_counter() - planned - (self._moving() - before)
         keys, values = self._kv.tensors()
@@ -176,6 +178,7 @@ class _Blend(Generic[Output]):
 
     # The probe
 
+    @Range("probe")
     def attention_received(self, *, span: int, layers: Sequence[int] | None, heads: HeadReduction) -> torch.Tensor:
         wanted = range(self._host.num_layers) if layers is None else layers
         start = time.perf_counter()
@@ -193,6 +196,7 @@ class _Blend(Generic[Output]):
         self._probing += time.perf_counter() - start
         return received
 
+    @Range("probe")
     def deviation(self, layer: int, tensor: DeviationTensor, rows: torch.Tensor | None) -> torch.Tensor:
         start = time.perf_counter()
         looked_at = ~self._batch.exact if rows is None else rows

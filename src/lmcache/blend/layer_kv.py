@@ -14,6 +14,7 @@ from lmcache.blend.correctors.interface import Corrector, LayerCorrection, Memo
 from lmcache.blend.kv_source import KVLoadError
 from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.rope import FusedRope
+from lmcache.observability.ranges import Range
 
 
 class PromptLoadError(Exception):
@@ -95,7 +96,8 @@ class BatchKV:
         held = self._layers.get(layer_id)
         if held is None:
             start = time.perf_counter()
-            held = self._layers[layer_id] = self.load(layer_id, k, v)
+            with Range("load layer"):
+                held = self._layers[layer_id] = self.load(layer_id, k, v)
             self.seconds["load"] += time.perf_counter() - start
         return held
 
@@ -184,7 +186,8 @@ class BatchKV:
         if not spans:
             return
         start = time.perf_counter()
-        self.correct_spans(layer, rows, k, v, spans, memo)
+        with Range("correct"):
+            self.correct_spans(layer, rows, k, v, spans, memo)
         self.seconds["correct"] += time.perf_counter() - start
 
     def _spans_to_correct(self, rows: torch.Tensor, first: int, end: int) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ from lmcache.integration.vllm.connector_metadata import SaveOp, SegmentRun, Segm
 from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.keys import PrefixKey, token_array
 from lmcache.memory.int_tensor import int_tensor
+from lmcache.observability.ranges import Range
 from lmcache.prompt import cut
 from lmcache.segmentation.known_passages import KnownChunk
 
@@ -23,6 +24,7 @@ class PageSaves:
         self._engine = shared.engine
         self._block_size = block_size
 
+    @Range("save")
     def save(self, op: SaveOp, written: Callable[[], None]) -> None:
         """Once ``written`` returns. Never raises."""
         try:
@@ -39,6 +41,7 @@ class PageSaves:
         except Exception as error:
             report_failure(self._shared.metrics, "save", error)
 
+    @Range("save passages")
     def save_segments(self, op: SegmentSaveOp, written: Callable[[], None]) -> None:
         """Once ``written`` returns. Never raises."""
         try:

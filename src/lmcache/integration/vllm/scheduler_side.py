@@ -16,6 +16,7 @@ from lmcache.integration.vllm.save_planner import SavePlanner
 from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
+from lmcache.observability.ranges import Range
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -47,6 +48,7 @@ class SchedulerSide:
         return self._shared.metrics
 
     @never_raise(lambda: 0)
+    @Range("look up")
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         """Tokens beyond ``num_computed_tokens`` that the cache will supply; None while that is not known yet.
 

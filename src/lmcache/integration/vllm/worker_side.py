@@ -33,6 +33,7 @@ from lmcache.memory.one_thread import one_thread
 from lmcache.observability.events import CacheStoreEvent
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
+from lmcache.observability.ranges import Range
 from lmcache.paging.detect import PageHints, detect_layout
 from lmcache.paging.make_connector import make_connector
 from lmcache.paging.paged_connector import PagedConnector
@@ -209,6 +210,7 @@ class WorkerSide:
                 self._shared.blend_reports.pop(load.req_id, None)
                 self._give_up(load)
 
+    @Range("load")
     def _load(self, op: LoadOp, *, layerwise: bool = False, asynchronous: bool = False) -> None:
         """Fill the pages of ``op``: queue it on the device, or, ``asynchronous``, see it done."""
         lease = self._shared.handed_over.pop(op.lease, None)
@@ -242,6 +244,7 @@ class WorkerSide:
         else:
             lease.release()
 
+    @Range("blend")
     def _blend(self, ops: list[BlendOp]) -> None:
         """Fill the pages of ``ops``; one that fails is computed by vLLM, as after a load that failed."""
         prepared = self._prepared(ops)
