@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 
 from lmcache.blend.correctors import make_corrector
 from lmcache.blend.dense_runs import DenseAttention
-from lmcache.blend.graph_recorder import GraphRecorder, Recording, WorkRecorder
+from lmcache.blend.graph_recorder import GraphRecorder, Recording, WorkRecorder, no_garbage_collection
+from lmcache.blend.paged_batch import PagedBatchKV
 from lmcache.blend.paged_blend import PagedPrompt, blend_pages
 from lmcache.blend.policies import make_policy
 from lmcache.blend.staged_layers import StagingRing
@@ -155,6 +157,22 @@ def test_a_layer_that_is_replayed_in_the_wrong_pages_is_noticed(monkeypatch: pyt
 
 def test_what_cannot_be_recorded_is_done_layer_by_layer() -> None:
     assert same(blended(LAYOUTS[0], Refuses()), blended(LAYOUTS[0], None))
+
+
+def test_nothing_of_a_blend_is_kept_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cycle would keep graphs, and their memory on the GPU, until Python happens to look for cycles."""
+    made: list[weakref.ref[Any]] = []
+    begin = PagedBatchKV.__init__
+
+    def note(self: PagedBatchKV, *args: Any, **options: Any) -> None:
+        made.append(weakref.ref(self))
+        begin(self, *args, **options)
+
+    monkeypatch.setattr(PagedBatchKV, "__init__", note)
+    with no_garbage_collection():
+        blended(LAYOUTS[0], Refuses())
+        assert made
+        assert all(kv() is None for kv in made)
 
 
 def test_a_corrector_that_does_not_say_so_is_not_replayed() -> None:

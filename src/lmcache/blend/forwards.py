@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -28,6 +29,8 @@ OnLayer: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 # More take a GPU longer than the host.
 _MOST_ALIKE_ROWS = 2048
+# Forwards are told apart by number: whoever keeps one does not keep a whole blend.
+_numbers = count()
 
 
 class Part(NamedTuple):
@@ -48,19 +51,26 @@ class Fresh(NamedTuple):
 
 
 class Piece:
-    """The rows of one call of the host.
+    """The rows of one call of the host, the ``number``-th of its forward.
 
     ``rows`` (int64 ``[n]``) ascend; ``covers`` is the half-open range of the batch's rows whose KV is final with it,
     ``last`` whether it is the last of its forward. ``memo`` is what a corrector keeps for them from layer to layer.
     """
 
     def __init__(
-        self, batch: BlendBatch, rows: torch.Tensor, known: torch.Tensor, covers: tuple[int, int], last: bool
+        self,
+        batch: BlendBatch,
+        rows: torch.Tensor,
+        known: torch.Tensor,
+        covers: tuple[int, int],
+        last: bool,
+        number: int,
     ) -> None:
         """``known``: bool ``[N]``, the rows that may be looked at."""
         self.rows = rows
         self.covers = covers
         self.last = last
+        self.number = number
         self.positions = batch.positions[rows]
         edges = torch.searchsorted(rows, torch.tensor([*(start for start, _ in batch.prompts), batch.num_rows]))
         at = edges.tolist()
@@ -97,6 +107,7 @@ class BlendForward(ABC):
     def __init__(self, batch: BlendBatch, kv: BatchKV, computed: torch.Tensor, max_rows: int | None = None) -> None:
         self.batch = batch
         self.kv = kv
+        self._number = next(_numbers)
         # Rows that are neither computed nor reused mean nothing, and are not looked at.
         known = computed | batch.reusable | batch.exact
         rows = torch.nonzero(computed)[:, 0]
@@ -105,7 +116,7 @@ class BlendForward(ABC):
         for start, end in cut_rows(rows, batch.edges, max_rows):
             last = end == len(rows)
             stop = batch.num_rows if last else int(rows[end])
-            self.pieces.append(Piece(batch, rows[start:end], known, (begin, stop), last))
+            self.pieces.append(Piece(batch, rows[start:end], known, (begin, stop), last, len(self.pieces)))
             begin = stop
 
     def run(self, host: BlendHost[Output]) -> Output | None:
@@ -149,7 +160,7 @@ class BlendForward(ABC):
         else:
             # Kernels are given addresses: work is alike only where the fresh rows lie in the same memory.
             where = [(x.data_ptr(), x.stride()) for x in (q, k, v)]
-            kind = (self, group, piece, scale, sliding_window, softcap, *where)
+            kind = (self._number, group, piece.number, scale, sliding_window, softcap, *where)
             out = self.kv.run_alike(kind, layer, work)
         self.leave(piece, layer)
         return out
