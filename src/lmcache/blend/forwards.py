@@ -9,18 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from itertools import count
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 from lmcache.blend.attention import QueryMask, Scoring
 from lmcache.blend.batch import BlendBatch
-from lmcache.blend.correctors.interface import Memo
 from lmcache.blend.host import BlendHost, StopForward
 from lmcache.blend.layer_kv import BatchKV, LayerKV
+from lmcache.blend.pieces import Part, Piece, cut_rows
 from lmcache.blend.selection import DeviationTensor, HeadReduction
-from lmcache.memory.to_device import to_device
 
 Output = TypeVar("Output")
 
@@ -29,15 +27,6 @@ OnLayer: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 # More take a GPU longer than the host.
 _MOST_ALIKE_ROWS = 2048
-# Forwards are told apart by number: whoever keeps one does not keep a whole blend.
-_numbers = count()
-
-
-class Part(NamedTuple):
-    """The rows of one prompt in a forward: ``queries`` counts the forward's rows, ``keys`` the batch's."""
-
-    queries: slice
-    keys: slice
 
 
 class Fresh(NamedTuple):
@@ -50,53 +39,6 @@ class Fresh(NamedTuple):
     sliding_window: int | None
 
 
-class Piece:
-    """The rows of one call of the host, the ``number``-th of its forward.
-
-    ``rows`` (int64 ``[n]``) ascend; ``covers`` is the half-open range of the batch's rows whose KV is final with it,
-    ``last`` whether it is the last of its forward. ``memo`` is what a corrector keeps for them from layer to layer.
-    """
-
-    def __init__(
-        self,
-        batch: BlendBatch,
-        rows: torch.Tensor,
-        known: torch.Tensor,
-        covers: tuple[int, int],
-        last: bool,
-        number: int,
-    ) -> None:
-        """``known``: bool ``[N]``, the rows that may be looked at."""
-        self.rows = rows
-        self.covers = covers
-        self.last = last
-        self.number = number
-        self.positions = batch.positions[rows]
-        edges = torch.searchsorted(rows, torch.tensor([*(start for start, _ in batch.prompts), batch.num_rows]))
-        at = edges.tolist()
-        self.parts = [
-            Part(slice(at[index], at[index + 1]), slice(*prompt))
-            for index, prompt in enumerate(batch.prompts)
-            if at[index] < at[index + 1]
-        ]
-        self.memo: Memo = {}
-        self._known = known
-        self._masks: dict[int | None, list[QueryMask]] = {}
-
-    def mask(self, part: Part, queries: slice, sliding_window: int | None, device: torch.device) -> QueryMask:
-        """For some of the piece's rows, of one prompt."""
-        known = self._known[part.keys]
-        positions = self.positions[queries]
-        some = None if bool(known.all()) else to_device(known, device)
-        return QueryMask(to_device(positions, device), sliding_window, some, on_host=positions)
-
-    def masks(self, sliding_window: int | None, device: torch.device) -> list[QueryMask]:
-        """One a part, made once a window."""
-        if sliding_window not in self._masks:
-            self._masks[sliding_window] = [self.mask(part, part.queries, sliding_window, device) for part in self.parts]
-        return self._masks[sliding_window]
-
-
 class BlendForward(ABC):
     """One forward over the rows that are True in ``computed`` (bool ``[N]``).
 
@@ -107,7 +49,6 @@ class BlendForward(ABC):
     def __init__(self, batch: BlendBatch, kv: BatchKV, computed: torch.Tensor, max_rows: int | None = None) -> None:
         self.batch = batch
         self.kv = kv
-        self._number = next(_numbers)
         # Rows that are neither computed nor reused mean nothing, and are not looked at.
         known = computed | batch.reusable | batch.exact
         rows = torch.nonzero(computed)[:, 0]
@@ -116,7 +57,7 @@ class BlendForward(ABC):
         for start, end in cut_rows(rows, batch.edges, max_rows):
             last = end == len(rows)
             stop = batch.num_rows if last else int(rows[end])
-            self.pieces.append(Piece(batch, rows[start:end], known, (begin, stop), last, len(self.pieces)))
+            self.pieces.append(Piece(batch, rows[start:end], known, (begin, stop), last))
             begin = stop
 
     def run(self, host: BlendHost[Output]) -> Output | None:
@@ -160,7 +101,7 @@ class BlendForward(ABC):
         else:
             # Kernels are given addresses: work is alike only where the fresh rows lie in the same memory.
             where = [(x.data_ptr(), x.stride()) for x in (q, k, v)]
-            kind = (self._number, group, piece.number, scale, sliding_window, softcap, *where)
+            kind = (piece.number, group, scale, sliding_window, softcap, *where)
             out = self.kv.run_alike(kind, layer, work)
         self.leave(piece, layer)
         return out
@@ -326,19 +267,3 @@ class ScoreAttention(BlendForward):
     def _num_asking(self, part: Part) -> int:
         end = part.keys.stop
         return sum(int(((piece.rows >= end - self._span) & (piece.rows < end)).sum()) for piece in self.pieces)
-
-
-def cut_rows(rows: torch.Tensor, edges: Sequence[int], max_rows: int | None) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of ``rows`` of at most ``max_rows`` each, cut at one of ``edges`` (rows of the batch at which
-    prompts and passages begin, ascending) where that leaves a piece at least half as large as it may be."""
-    if max_rows is None or len(rows) <= max_rows:
-        yield 0, len(rows)
-        return
-    at_edges = torch.searchsorted(rows, torch.tensor(list(edges), dtype=rows.dtype)).tolist()
-    start = 0
-    while len(rows) - start > max_rows:
-        good = [edge for edge in at_edges if start + max_rows / 2 <= edge <= start + max_rows and edge > start]
-        end = max(good, default=start + max_rows)
-        yield start, end
-        start = end
-    yield start, len(rows)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from lmcache.blend.batch import BlendPrompt
 from lmcache.blend.blend_pass import BlendResult, blend
 from lmcache.blend.correctors.kriging import KrigingCorrector
-from lmcache.blend.forwards import cut_rows
 from lmcache.blend.host import Attend
 from lmcache.blend.kv_source import KVLoadError
+from lmcache.blend.pieces import cut_rows
 from lmcache.blend.plan import BlendPlan, ReusedSpan
 from lmcache.blend.policies.interface import SelectionPolicy
 from tests.blend.core.test_blend import (
