@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from demo.fleet.standstill import go_on, stand_still
 from tests.engine.helpers import kv_of, tokens_of
 from tests.eventually import eventually
 from tests.server.clients import manager_at
@@ -111,12 +111,10 @@ def test_a_server_that_stands_still_costs_one_deadline(server: ServerProcess) ->
         engine = manager.engine
         engine.store(tokens, kv_of(tokens))
         with engine.prefetch(tokens) as lease:
-            server.process.send_signal(signal.SIGSTOP)
-            state = Path(f"/proc/{server.process.pid}/status")
-            assert eventually(lambda: "State:\tT" in state.read_text())
+            stand_still(server.process.pid)
             assert engine.lookup(tokens) == 0
             assert manager.storage.client.attachment is None, "nothing more is asked there"
-            server.process.send_signal(signal.SIGCONT)
+            go_on(server.process.pid)
             assert eventually(lambda: engine.lookup(tokens) == 64)
             engine.clear()
             filler = tokens_of(4096, 5)
