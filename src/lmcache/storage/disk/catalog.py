@@ -75,7 +75,7 @@ class Catalog:
                     self._forget(row.key)
                 self._entries.add(row.key, row.file_id, row.spec, row.packed)
                 self._policy.insert(row.key)
-                if row.packed is not None and self._format.refusal(row.packed.key_id) == NO_KEY:
+                if self._format.refusal(row.key_id) == NO_KEY:
                     self._locked.add(row.key)
             self._promised = self._entries.charged
 

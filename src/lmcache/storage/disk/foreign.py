@@ -43,11 +43,7 @@ class ForeignDirectory(StorageTier):
         except OSError as error:
             raise DiskTierError(f"{directory} cannot be read: {error}") from error
         try:
-            self._rows = {
-                row.key: row
-                for row in read_index(directory)
-                if chunk_format.refusal("" if row.packed is None else row.packed.key_id) is None
-            }
+            self._rows = {row.key: row for row in read_index(directory) if chunk_format.refusal(row.key_id) is None}
             self._chunks = ChunkDirectory.to_read(directory, chunk_format)
         except (OSError, sqlite3.Error, IndexDamagedError) as error:
             self._lock.release()

@@ -68,6 +68,11 @@ class IndexRow(NamedTuple):
     last_use: int
     packed: Packed | None = None
 
+    @property
+    def key_id(self) -> str:
+        """Of the key that the chunk is encrypted with; empty if it is not."""
+        return "" if self.packed is None else self.packed.key_id
+
 
 class IndexDamagedError(Exception):
     """The index file is not a database of ours; only starting empty helps."""

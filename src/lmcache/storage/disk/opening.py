@@ -78,7 +78,7 @@ def _open(
         for row in index.ready_rows():
             if isinstance(row, int):
                 unusable.append(row)
-            elif chunk_format.refusal("" if row.packed is None else row.packed.key_id) == PLAINTEXT:
+            elif chunk_format.refusal(row.key_id) == PLAINTEXT:
                 unusable.append(row.file_id)
                 in_the_clear += 1
             else:
