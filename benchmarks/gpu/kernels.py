@@ -1,4 +1,4 @@
-"""Checks the kernels of CacheBlend on a GPU against float64, and measures them.
+"""Checks the kernels of CacheBlend on a GPU against float64, and measures those that move and correct KV.
 
     PYTHONPATH=src python benchmarks/gpu/kernels.py [--out DIR]
 
@@ -173,33 +173,6 @@ def check_rows() -> list[str]:
     return bad
 
 
-def attention_rates(tuning: bool) -> dict[str, Any]:
-    rates = {}
-    for keys, share in itertools.product((4096, 8192, 32768), (0.05, 0.15)):
-        kv = pages(keys, torch.bfloat16)
-        positions = torch.randperm(keys, device="cuda")[: int(keys * share)].sort().values.int()
-        q = torch.randn(len(positions), HEADS, DIM, device="cuda", dtype=torch.bfloat16)
-        work = 4 * float((positions + 1).double().sum()) * HEADS * DIM
-        candidates: list[Any] = [None]
-        if tuning:
-            candidates += list(itertools.product((64, 128), (64, 128), (4, 8), (2, 3, 4)))
-        best: dict[str, float] = {}
-        for blocks in candidates:
-            try:
-                ms = median_ms(partial(sparse_attention, q, kv, positions, scale=DIM**-0.5, blocks=blocks))
-                best[str(blocks)] = work / ms / 1e9
-            except Exception as problem:  # noqa: PERF203 - tiles that do not fit
-                best[str(blocks)] = 0.0
-                print("   ", blocks, repr(problem)[:90])
-        top = sorted(best.items(), key=lambda item: -item[1])[:4]
-        print(
-            f"attention {keys} {share:.0%}: {best['None']:.0f} TFLOP/s; best {[(b, round(r)) for b, r in top]}",
-            flush=True,
-        )
-        rates[f"{keys} {share}"] = best
-    return rates
-
-
 def copy_rates() -> dict[str, float]:
     kv = pages(32768, torch.bfloat16)
     rows = torch.arange(32768, device="cuda").int()
@@ -265,11 +238,10 @@ def other_times() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
-    parser.add_argument("--tune", action="store_true", help="try many tiles for attention")
     args = parser.parse_args()
     torch.manual_seed(0)
     bad = check_rows() + check_attention()
-    found = {"copies": copy_rates(), "times": other_times(), "attention": attention_rates(args.tune), "bad": bad}
+    found = {"copies": copy_rates(), "times": other_times(), "bad": bad}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "kernels.json").write_text(json.dumps(found, indent=1))
     print("ALL RIGHT" if not bad else f"WRONG: {bad}")
