@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmcache.metadata import TOKEN_MAJOR
+from lmcache.paging import staged_connector
 from lmcache.paging.staged_connector import StagedConnector
 from lmcache.paging.token_connector import TokenConnector
 from tests.kernels.needs_triton import DEVICE, require
@@ -58,7 +61,10 @@ def test_every_byte_is_where_the_connector_of_single_tokens_puts_it(
         return  # a shape that this layout does not come in
     slots = torch.randperm(sizes.num_slots)[:11]
     slots[torch.rand(11) < data.draw(st.sampled_from([0.0, 0.3]))] = -1
-    ranges = [(0, 4), (4, 11)]
+    ranges = data.draw(
+        st.sampled_from([[(0, 4), (4, 11)], [(0, 4), (4, 8), (8, 11)], [(1, 6), (6, 11)], [(2, 4), (6, 8)]])
+    )
+    group_bytes = data.draw(st.sampled_from([1, 300, 2000, 1 << 20]))
     connectors = [kind(world.layout, world.tensors) for kind in (TokenConnector, StagedConnector)]
     chunks = [new_chunk(connectors[0].spec(end - start)) for start, end in ranges]
     copies = [new_chunk(connectors[0].spec(end - start)) for start, end in ranges]
@@ -75,7 +81,8 @@ def test_every_byte_is_where_the_connector_of_single_tokens_puts_it(
     for connector in connectors:
         for tensor, old in zip(world.memory, before, strict=True):
             tensor.view(torch.uint8).copy_(old.view(torch.uint8))
-        connector.batched_to_gpu(chunks, ranges, slots)
-        connector.layer_to_gpu(1, copies, ranges, slots)
+        with patch.object(staged_connector, "_GROUP_BYTES", group_bytes):
+            connector.batched_to_gpu(chunks, ranges, slots)
+            connector.layer_to_gpu(1, copies, ranges, slots)
         written.append(world.bytes().clone())
     assert torch.equal(*written)

@@ -1,4 +1,4 @@
-"""Whole chunks between a dense staging buffer and an engine's pages, all layers in one launch.
+"""Whole chunks between a dense staging buffer and an engine's pages, all of them and all layers in one launch.
 
 Reference: :class:`lmcache.paging.token_connector.TokenConnector`, which moves token by token.
 """
@@ -33,12 +33,13 @@ class PageAddresses:
     alignment: int
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first_layer", "total_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "chunk_tokens", "first_layer", "total_tokens"])
 def _copy_kernel(
     STAGED,
     BASES,
     OFFSETS,
     num_tokens,
+    chunk_tokens,
     total_tokens,
     first_layer,
     head_stride,
@@ -53,11 +54,14 @@ def _copy_kernel(
     TO_PAGES: tl.constexpr,
 ):
     layer = tl.program_id(1)
+    first_token = tl.program_id(2) * chunk_tokens
+    in_chunk = tl.minimum(chunk_tokens, num_tokens - first_token)
+    chunk_words = tl.num_programs(1).to(tl.int64) * PLANES * chunk_tokens * (HEADS * WORDS)
     r = tl.program_id(0) * TOKENS * BLOCK_H + tl.arange(0, TOKENS * BLOCK_H)
     t = r // BLOCK_H
     h = r % BLOCK_H
-    inside = (t < num_tokens) & (h < HEADS)
-    at = tl.load(OFFSETS + plane * total_tokens + t, mask=inside, other=-1)
+    inside = (t < in_chunk) & (h < HEADS)
+    at = tl.load(OFFSETS + plane * total_tokens + first_token + t, mask=inside, other=-1)
     moves = inside & (at >= 0)
     at = tl.multiple_of(at, ALIGN)
     w = tl.arange(0, BLOCK_W)
@@ -65,38 +69,42 @@ def _copy_kernel(
     base = tl.load(BASES + (first_layer + layer) * PLANES + plane)
     pages = tl.multiple_of(base, 16).to(tl.pointer_type(STAGED.dtype.element_ty))
     in_pages = (pages + at + h * head_stride)[:, None] + w[None, :]
-    dense = ((layer * PLANES + plane).to(tl.int64) * num_tokens + t) * (HEADS * WORDS) + h * WORDS
-    in_staged = (STAGED + dense)[:, None] + w[None, :]
+    dense = ((layer * PLANES + plane).to(tl.int64) * in_chunk + t) * (HEADS * WORDS) + h * WORDS
+    in_staged = (STAGED + tl.program_id(2) * chunk_words + dense)[:, None] + w[None, :]
     if TO_PAGES:
         tl.store(in_pages, tl.load(in_staged, mask=mask, other=0), mask=mask)
     else:
         tl.store(in_staged, tl.load(in_pages, mask=mask, other=0), mask=mask)
 
 
-def copy_chunk(
+def copy_chunks(
     staged: torch.Tensor,
     pages: PageAddresses,
     offsets: torch.Tensor,
+    num_tokens: int,
     total_tokens: int,
     layers: range,
     *,
     to_pages: bool,
 ) -> None:
     """Args:
-    staged: ``[layers, planes, tokens, heads · words]``, dense, on the device, of the word type.
+    staged: ``[chunks, layers, planes, tokens, heads · words]``, dense, on the device, of the word type. The last chunk
+        may hold fewer tokens: they lie dense in the beginning of its share.
     offsets: int64 on the device: the words from a plane's base to each token, −1 for a token that is left out. That of
         token ``t`` in plane ``p`` is ``offsets[p · total_tokens + t]``.
+    num_tokens: of all chunks together.
     layers: of the engine, those in ``staged``.
     """
-    _, planes, num_tokens, _ = staged.shape
+    chunks, _, planes, chunk_tokens, _ = staged.shape
     for plane in range(planes):
         launch(
             _copy_kernel,
-            (triton.cdiv(num_tokens, _BLOCK_TOKENS), len(layers)),
+            (triton.cdiv(chunk_tokens, _BLOCK_TOKENS), len(layers), chunks),
             staged,
             pages.bases,
             offsets,
             num_tokens,
+            chunk_tokens,
             total_tokens,
             layers.start,
             pages.head_strides[plane],

@@ -1,4 +1,4 @@
-"""Chunks of pages on a GPU: one copy a chunk over the bus, then one kernel for all its layers."""
+"""Chunks of pages on a GPU: over the bus into a staging buffer, then one kernel for all that is in it, or back."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lmcache.memory.device_copy import can_copy_many, copy_many
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.memory.to_device import to_device
+from lmcache.paging.chunk_groups import ChunkGroup, UniformChunks
 from lmcache.paging.layout import KVLayout
 from lmcache.paging.token_connector import TokenConnector
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from lmcache.kernels.chunk_copy import PageAddresses
 
 _DEPTH = 3
+# Of a staging buffer for loads: what few calls on the host bring, and still little of the GPU's memory.
+_GROUP_BYTES = 64 << 20
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -98,15 +102,15 @@ class StagedConnector(TokenConnector):
 
     def warm_up(self) -> None:
         """Have the kernels compiled; no page is touched."""
-        from lmcache.kernels.chunk_copy import copy_chunk
+        from lmcache.kernels.chunk_copy import copy_chunks
 
         at, word = self.kv_layout, self._pages.word
         planes = len(at.planes)
         words = at.num_heads * self._pages.head_words
-        staged = torch.zeros((len(self._all_layers), planes, 1, words), dtype=word, device=self._device)
+        staged = torch.zeros((1, len(self._all_layers), planes, 1, words), dtype=word, device=self._device)
         nowhere = torch.full((planes,), -1, dtype=torch.int64, device=self._device)
         for to_pages in (True, False):
-            copy_chunk(staged, self._pages, nowhere, 1, self._all_layers, to_pages=to_pages)
+            copy_chunks(staged, self._pages, nowhere, 1, 1, self._all_layers, to_pages=to_pages)
 
     def _move_checked(
         self,
@@ -122,11 +126,40 @@ class StagedConnector(TokenConnector):
         with ring.lock:
             offsets = self._offsets(slots)
             at = offsets.view(-1)
+            token_bytes = len(self.kv_layout.planes) * self._row_bytes
+            chunks = UniformChunks.of(objs, ranges, token_bytes) if to_pages else None
+            if chunks is not None:
+                for group in chunks.groups(layers, _GROUP_BYTES):
+                    self._load_group(ring, chunks, group, at[ranges[0][0] :], len(slots))
+                return
             for obj, (start, end) in zip(objs, ranges, strict=True):
                 holes = not to_pages and bool((slots[start:end] < 0).any())
                 self._move_chunk(ring, to_pages, layers, obj, at[start:], len(slots), holes)
             if not to_pages and ring.stream is not None:
                 ring.stream.synchronize()
+
+    def _load_group(
+        self, ring: _Ring, chunks: UniformChunks, group: ChunkGroup, offsets: torch.Tensor, total_tokens: int
+    ) -> None:
+        from lmcache.kernels.chunk_copy import copy_chunks
+
+        room = len(group.layers) * chunks.layer_bytes
+        buffer = ring.take(len(group.chunks) * room)
+        there = buffer.bytes[: len(group.chunks) * room]
+        _after(buffer.free, ring.stream)
+        if ring.stream is not None and can_copy_many(self._device):
+            copy_many(*chunks.addresses(group, there.data_ptr()), ring.stream)
+        else:
+            with _on(ring.stream):
+                for share, kept in zip(there.view(-1, room), chunks.shares(group), strict=True):
+                    share[: len(kept)].copy_(kept, non_blocking=True)
+        arrived, current = _event(ring.stream), self._current()
+        _after(arrived, current)
+        first, num_tokens = chunks.tokens_of(group)
+        planes = len(self.kv_layout.planes)
+        staged = there.view(self._pages.word).view(len(group.chunks), len(group.layers), planes, chunks.num_tokens, -1)
+        copy_chunks(staged, self._pages, offsets[first:], num_tokens, total_tokens, group.layers, to_pages=True)
+        buffer.free = _event(current)
 
     def _move_chunk(
         self,
@@ -138,14 +171,14 @@ class StagedConnector(TokenConnector):
         total_tokens: int,
         holes: bool,
     ) -> None:
-        from lmcache.kernels.chunk_copy import copy_chunk
+        from lmcache.kernels.chunk_copy import copy_chunks
 
         planes, num_tokens = len(self.kv_layout.planes), obj.spec.num_tokens
         layer_bytes = planes * num_tokens * self._row_bytes
         kept = obj.bytes[layers.start * layer_bytes : layers.stop * layer_bytes]
         buffer = ring.take(len(kept))
         there = buffer.bytes[: len(kept)]
-        staged = there.view(self._pages.word).view(len(layers), planes, num_tokens, -1)
+        staged = there.view(self._pages.word).view(1, len(layers), planes, num_tokens, -1)
         if to_pages:
             with _on(ring.stream):
                 _after(buffer.free, ring.stream)
@@ -153,14 +186,14 @@ class StagedConnector(TokenConnector):
                 arrived = _event(ring.stream)
             current = self._current()
             _after(arrived, current)
-            copy_chunk(staged, self._pages, offsets, total_tokens, layers, to_pages=True)
+            copy_chunks(staged, self._pages, offsets, num_tokens, total_tokens, layers, to_pages=True)
             buffer.free = _event(current)
         else:
             current = self._current()
             _after(buffer.free, current)
             if holes:  # what has no slot keeps its place in the chunk as it was
                 there.copy_(kept)
-            copy_chunk(staged, self._pages, offsets, total_tokens, layers, to_pages=False)
+            copy_chunks(staged, self._pages, offsets, num_tokens, total_tokens, layers, to_pages=False)
             gathered = _event(current)
             with _on(ring.stream):
                 _after(gathered, ring.stream)
