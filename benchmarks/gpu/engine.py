@@ -11,16 +11,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.setup import CPU_ENVIRONMENT, ENVIRONMENT, Setup, transfer_options
+from benchmarks.gpu.fast_core import fast_core
+from benchmarks.gpu.setup import CPU_ENVIRONMENT, ENVIRONMENT, GRAPHS, Setup, transfer_options
 
 MAX_SETTLE_SECONDS, MAX_RESET_SECONDS = 60.0, 2.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """``cached_tokens`` of the prompt were not computed, by vLLM's account; ``report`` is what ours says."""
+    """``cached_tokens`` of the prompt were not computed, by vLLM's account; ``report`` is what ours says.
+    ``loop_milliseconds``: how fast the host was just before, see :mod:`benchmarks.gpu.fast_core`."""
 
     seconds: float
+    loop_milliseconds: float
     tokens: list[int]
     cached_tokens: int
     report: dict[str, Any] | None
@@ -29,7 +32,8 @@ class Answer:
 class Engine:
     """Real vLLM with random weights. Made in a process of its own, since it never gives its memory back."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, model: Path | None = None, **options: Any) -> None:
+        """``model``: a folder, to be used with its own weights and tokenizer; ``options``: more of vLLM's."""
         os.environ.update(ENVIRONMENT)
         if setup.tiny:
             os.environ.update(CPU_ENVIRONMENT)
@@ -38,21 +42,24 @@ class Engine:
 
         self.setup = setup
         start = time.perf_counter()
-        folder = Path(tempfile.mkdtemp(prefix="model-"))
-        (folder / "config.json").write_text(json.dumps(setup.shape))
+        if model is None:
+            folder = Path(tempfile.mkdtemp(prefix="model-"))
+            (folder / "config.json").write_text(json.dumps(setup.shape))
+            options = {"load_format": "dummy", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.7} | options
+        if setup.tiny:
+            options.pop("gpu_memory_utilization", None)
         transfer = transfer_options(setup)
         self.llm = LLM(
-            model=str(folder),
-            load_format="dummy",
-            skip_tokenizer_init=True,
+            model=str(model or folder),
             max_model_len=setup.max_tokens,
             max_num_batched_tokens=setup.batched_tokens,
-            enforce_eager=not setup.graphs,
             enable_prefix_caching=setup.prefix_caching,
             kv_transfer_config=None if transfer is None else KVTransferConfig(**transfer),
-            **({} if setup.tiny else {"gpu_memory_utilization": 0.7}),
+            **GRAPHS[setup.graphs],
+            **options,
         )
-        self.llm.apply_model(_draw_weights)
+        if model is None:
+            self.llm.apply_model(_draw_weights)
         self.start_seconds = time.perf_counter() - start
 
     @property
@@ -70,10 +77,17 @@ class Engine:
         """Ask alone, and time it from the call to the last of ``max_tokens``."""
         prompt, sampling = [{"prompt_token_ids": list(tokens)}], self.sampling(max_tokens, params)
         synchronize()
-        start = time.perf_counter()
-        (output,) = self.llm.generate(prompt, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        return Answer(seconds, list(output.outputs[0].token_ids), output.num_cached_tokens or 0, report_of(output))
+        with fast_core() as loop_milliseconds:
+            start = time.perf_counter()
+            (output,) = self.llm.generate(prompt, sampling, use_tqdm=False)
+            seconds = time.perf_counter() - start
+        return Answer(
+            seconds,
+            loop_milliseconds,
+            list(output.outputs[0].token_ids),
+            output.num_cached_tokens or 0,
+            report_of(output),
+        )
 
     @property
     def has_work(self) -> bool:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, pairwise
@@ -25,7 +23,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from benchmarks.gpu.engine import Engine, machine
-from benchmarks.gpu.setup import BLEND, CPU_ENVIRONMENT, ENVIRONMENT, PLAIN, Setup, transfer_options
+from benchmarks.gpu.setup import BLEND, PLAIN, Setup, add_graphs
 from benchmarks.gpu.variants import Cell, replies, run_variants
 
 TASKS, MIXED, LIBRARY = "tasks", "mixed", "library"
@@ -68,26 +66,7 @@ class Prompt(NamedTuple):
 
 
 class ModelEngine(Engine):
-    """The model of a folder, with its own weights."""
-
-    def __init__(self, model: Path, setup: Setup, cpu: bool) -> None:
-        from vllm import LLM
-        from vllm.config import KVTransferConfig
-
-        self.setup = setup
-        start = time.perf_counter()
-        transfer = transfer_options(setup)
-        self.llm = LLM(
-            model=str(model),
-            dtype="float32" if cpu else "bfloat16",
-            max_model_len=setup.max_tokens,
-            max_num_batched_tokens=setup.batched_tokens,
-            enforce_eager=not setup.graphs,
-            enable_prefix_caching=setup.prefix_caching,
-            kv_transfer_config=None if transfer is None else KVTransferConfig(**transfer),
-            **({} if cpu else {"gpu_memory_utilization": 0.3}),
-        )
-        self.start_seconds = time.perf_counter() - start
+    """Answers of a model with weights of its own."""
 
     def answers(self, asked: Sequence[tuple[Prompt, Params]], max_tokens: int = ANSWER_TOKENS) -> list[Reply]:
         """Greedy answers to prompts that are submitted together; each ends with the token that ends it."""
@@ -219,7 +198,12 @@ def drawn(draw: random.Random, prompts: Sequence[Any], passages: Sequence[Sequen
 
 
 def plain(engine: ModelEngine, prompts: Sequence[Any], requests: int, file: Path) -> Iterator[Cell]:
-    """Ask the plain requests alone, and keep the answers for :func:`mixed`."""
+    """Ask the plain requests alone, and keep the answers for :func:`mixed`.
+
+    What that one asks to have passages stored is asked here too, for what it leaves in vLLM's own prefix cache.
+    """
+    for parts in prompts:
+        engine.store(parts)
     replies = [engine.answers([(prompt, {})])[0] for prompt, _ in plan(prompts, requests)]
     file.write_text(json.dumps([[reply.tokens, reply.cached_tokens] for reply in replies]))
     yield {"plain": len(replies), "tokens from vLLM's prefix cache": sum(reply.cached_tokens for reply in replies)}
@@ -278,7 +262,6 @@ def library(model_path: Path, prompts: Sequence[Any]) -> Iterator[Cell]:
 def work(arguments: argparse.Namespace) -> None:
     """One variant, in this process."""
     reply = replies(arguments.limit)
-    os.environ.update(ENVIRONMENT | (CPU_ENVIRONMENT if arguments.cpu else {}))
     variant, model = arguments.variant, arguments.model
     prompts = all_parts(model, arguments.tasks if variant in (TASKS, LIBRARY) else KNOWN_TASKS)
     if variant == LIBRARY:
@@ -292,10 +275,11 @@ def work(arguments: argparse.Namespace) -> None:
             batched_tokens=MAX_TOKENS,
             prefix_caching=variant != TASKS,
             graphs=arguments.graphs,
+            tiny=arguments.cpu,
             dynamic=arguments.dynamic,
             extra=json.dumps({f"lmcache.{key}": value for key, value in EXTRA.items()}),
         )
-        engine = ModelEngine(model, setup, arguments.cpu)
+        engine = ModelEngine(setup, model, dtype="float32" if arguments.cpu else "bfloat16", gpu_memory_utilization=0.3)
         reply({"machine": machine(), "start_seconds": engine.start_seconds})
         file = arguments.out / "quality-plain.json"
         if variant == TASKS:
@@ -319,7 +303,7 @@ def main() -> None:
     parser.add_argument("--variants", default=f"{TASKS},{PLAIN},{MIXED}", help="(default %(default)s)")
     parser.add_argument("--cpu", action="store_true", help="vLLM for CPUs, in float32: tries this script out")
     parser.add_argument("--library", action="store_true", help="also on transformers, on the CPU")
-    parser.add_argument("--graphs", action="store_true", help="with torch.compile and CUDA graphs (default: eager)")
+    add_graphs(parser)
     parser.add_argument("--dynamic", action="store_true", help="our own connector class instead of vLLM's wrapper")
     parser.add_argument("--limit", type=float, default=240, help="seconds for a variant, then it is ended")
     parser.add_argument("--variant", help=argparse.SUPPRESS)

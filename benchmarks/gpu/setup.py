@@ -83,7 +83,7 @@ class Setup:
     max_tokens: int
     batched_tokens: int
     prefix_caching: bool = True
-    graphs: bool = False
+    graphs: str = "none"
     tiny: bool = False
     dynamic: bool = False
     extra: str = "{}"
@@ -141,13 +141,41 @@ def transfer_options(setup: Setup) -> dict[str, Any] | None:
     return options
 
 
+# What vLLM runs its model by. The sizes are few, so that a start takes seconds.
+GRAPHS: dict[str, dict[str, Any]] = {
+    "none": {"enforce_eager": True},
+    "full": {
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL",
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 96, 128, 256],
+        }
+    },
+    "compiled": {},
+}
+GRAPH_LABELS = {
+    "none": "eager",
+    "full": "CUDA graphs of whole forwards up to 256 tokens, without torch.compile",
+    "compiled": "torch.compile and CUDA graphs, vLLM's default",
+}
+
+
+def add_graphs(found: argparse.ArgumentParser) -> None:
+    found.add_argument(
+        "--graphs",
+        choices=list(GRAPHS),
+        default="none",
+        help="; ".join(f"{name}: {label}" for name, label in GRAPH_LABELS.items()) + " (default %(default)s)",
+    )
+
+
 def parser(doc: str | None, variants: Sequence[str], host_gib: float) -> argparse.ArgumentParser:
     """The options that all benchmarks have. ``variant`` is set in the process that runs one."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--variants", type=words, default=list(variants), help=f"of {','.join(variants)}")
     found.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="folder for the figures")
     found.add_argument("--host-gib", type=float, default=host_gib, help="host memory for KV (default %(default)s)")
-    found.add_argument("--graphs", action="store_true", help="with torch.compile and CUDA graphs (default: eager)")
+    add_graphs(found)
     found.add_argument("--dynamic", action="store_true", help="our own connector class instead of vLLM's wrapper")
     found.add_argument("--extra", default="{}", help="JSON: more of our configuration, as kv_connector_extra_config")
     found.add_argument("--limit", type=float, default=240, help="seconds for a variant, then it is ended")

@@ -118,6 +118,7 @@ def cell(kind: str, tokens: int, answers: list[Answer], sound: bool) -> Cell:
         "warm_up": answers[0].seconds,
         "sound": sound,
         "cached_tokens": [answer.cached_tokens for answer in counted],
+        "loop_milliseconds": [answer.loop_milliseconds for answer in counted],
         "milliseconds": phases(counted),
         "reports": [answer.report for answer in counted],
     }
@@ -132,6 +133,7 @@ def phases(answers: list[Answer]) -> dict[str, float]:
 def line(cell: Cell) -> str:
     each = " ".join(f"{seconds:.4f}" for seconds in sorted(cell["each"]))
     parts = [f"{cell['variant']:10} {cell['kind']:17} {cell['tokens']:6} tokens {cell['seconds']:.4f} s  [{each}]"]
+    parts.append(f"host {statistics.median(cell['loop_milliseconds']):.2f}")
     if not cell["sound"]:
         parts.append(f"NOT SOUND: reused {cell['cached_tokens']}, {cell['reports'][0]}")
     if cell.get("same_token") is False:

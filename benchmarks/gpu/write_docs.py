@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.plots import plot_poisson, plot_ttft
-from benchmarks.gpu.setup import LABELS, OFFLOADING, OURS, PLAIN
+from benchmarks.gpu.setup import GRAPH_LABELS, LABELS, OFFLOADING, OURS, PLAIN
 from benchmarks.gpu.ttft import BLENDS, EXACT_RELOAD, RELOAD
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def about(found: Found) -> list[str]:
     settings = found["settings"]
-    mode = "torch.compile and CUDA graphs" if settings.get("graphs") else "eager"
+    mode = GRAPH_LABELS.get(settings.get("graphs"), "eager")
     lines = [f"Measured {found['measured']}, {mode}: {found['machine']}."]
     copies = next((run["pinned_copy_gb_s"] for run in found["variants"].values() if run.get("pinned_copy_gb_s")), None)
     if copies:
