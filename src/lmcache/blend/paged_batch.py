@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from lmcache.blend.batch import BlendBatch, PlacedSpan
+from lmcache.blend.batch import BlendBatch
 from lmcache.blend.correctors.interface import BatchedCorrector, Corrector, LayerCorrection, Memo, RowCorrection
 from lmcache.blend.dense_runs import DenseAttention
 from lmcache.blend.graph_recorder import WorkRecorder
@@ -102,23 +102,32 @@ class PagedBatchKV(BatchKV):
         if rope is None:
             return None
         if id(rope) not in self._turns:
-            tables, numbers, count = [], [], 0
-            for placed in self._moved:
-                table, gain = self._angles(rope, placed)
-                num_rows = placed.rows[1] - placed.rows[0]
-                numbers.append(torch.arange(num_rows) + count if len(table) > 1 else torch.full((num_rows,), count))
-                count += len(table)
-                tables.append(torch.stack([table.cos() * gain, table.sin() * gain]).to(torch.float32))
-            cos, sin = to_device(torch.cat(tables, 1), self._sent.device).unbind(0)
-            of_row = to_device(torch.cat(numbers).to(torch.int32), self._sent.device)
+            turned, numbers = self._turned_singly(rope) if rope.depends_on_length else self._turned_by_distance(rope)
+            cos, sin = to_device(turned.to(torch.float32), self._sent.device).unbind(0)
+            of_row = to_device(numbers.to(torch.int32), self._sent.device)
             self._turns[id(rope)] = Turns(cos, sin, of_row, rope.is_neox_style)
         return self._turns[id(rope)]
 
-    def _angles(self, rope: FusedRope, placed: PlacedSpan) -> tuple[torch.Tensor, float]:
-        span, (start, end) = placed.span, placed.rows
-        new = self.batch.positions[start:end]
-        lengths = placed.source.length, self.batch.plans[placed.prompt].num_tokens
-        return rope.turn(new + (span.old_start - span.start), new, *lengths)
+    def _turned_by_distance(self, rope: FusedRope) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[2, n, rotary_dim / 2]``, cos and sin, and which of them each row has: all rows of a span move alike."""
+        distances = torch.tensor([placed.span.start - placed.span.old_start for placed in self._moved])
+        angles, gain = rope.turn(torch.zeros_like(distances), distances)
+        angles = angles.expand(len(distances), -1)
+        counts = [end - start for start, end in (placed.rows for placed in self._moved)]
+        return torch.stack([angles.cos(), angles.sin()]) * gain, torch.from_numpy(np.arange(len(counts)).repeat(counts))
+
+    def _turned_singly(self, rope: FusedRope) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same where it matters how long the two sequences are."""
+        tables, numbers, count = [], [], 0
+        for placed in self._moved:
+            span, (start, end) = placed.span, placed.rows
+            new = self.batch.positions[start:end]
+            lengths = placed.source.length, self.batch.plans[placed.prompt].num_tokens
+            angles, gain = rope.turn(new + (span.old_start - span.start), new, *lengths)
+            numbers.append(torch.arange(end - start) + count if len(angles) > 1 else torch.full((end - start,), count))
+            count += len(angles)
+            tables.append(torch.stack([angles.cos() * gain, angles.sin() * gain]))
+        return torch.cat(tables, 1), torch.cat(numbers)
 
     def correct_spans(
         self,
