@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from triton.testing import do_bench
 
+from lmcache.bench.machine import describe_machine
 from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, dense_runs
 from lmcache.kernels.kv_rows import KVRows
 from lmcache.kernels.sparse_attention import SeenByAll, sparse_attention
@@ -137,15 +139,23 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="try many sizes of tiles")
     args = parser.parse_args()
     torch.manual_seed(0)
-    dense, found = engines_attention(), dict[str, dict[str, float]]()
+    dense, cells = engines_attention(), list[dict[str, Any]]()
     for keys, share in itertools.product((4096, 8192, 16384, 32768), (0.05, 0.15)):
-        found[f"{keys} {share}"] = each = rates(keys, share, dense)
+        each = rates(keys, share, dense)
+        cells.append({"tokens": keys, "share": share, "tflops": each})
         told = ", ".join(f"{name} {speed:.0f}" for name, speed in each.items())
         print(f"{keys} tokens, {share:.0%}: TFLOP/s: {told}", flush=True)
         if args.tune:
             best = sorted(tiles(keys, share).items(), key=lambda item: -item[1])[:4]
             print(f"    best tiles: {[(name, round(speed)) for name, speed in best]}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    found = {
+        "benchmark": "attention",
+        "measured": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {describe_machine()}",
+        "settings": {"tiny": False},
+        "cells": cells,
+    }
     (args.out / "attention.json").write_text(json.dumps(found, indent=1))
 
 

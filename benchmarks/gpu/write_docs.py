@@ -185,7 +185,26 @@ def reached(cells: list[Found], variant: str) -> str:
     return f"{max(good):g} a second" if good else "none"
 
 
-SECTIONS: dict[str, Callable[[Found, str], list[str]]] = {"ttft": ttft, "decode": decode, "poisson": poisson}
+def attention(found: Found, name: str) -> list[str]:
+    ways = list(dict.fromkeys(way for cell in found["cells"] for way in cell["tflops"]))
+    rows = []
+    for cell in found["cells"]:
+        rates = cell["tflops"]
+        ours = max(rate for way, rate in rates.items() if way.startswith("ours"))
+        best = max((rate for way, rate in rates.items() if not way.startswith("ours")), default=None)
+        share = "–" if best is None else f"{ours / best:.0%}"
+        each = [f"{rates[way]:.0f}" if way in rates else "–" for way in ways]
+        rows.append([f"{cell['tokens']:,}", f"{cell['share']:.0%}", *each, share])
+    header = ["tokens", "queries", *ways, "ours of the faster FlashAttention"]
+    return [f"Measured {found['measured']}: {found['machine']}. In TFLOP/s.", *table(header, rows)]
+
+
+SECTIONS: dict[str, Callable[[Found, str], list[str]]] = {
+    "ttft": ttft,
+    "attention": attention,
+    "decode": decode,
+    "poisson": poisson,
+}
 
 
 def section(benchmark: str, files: dict[str, Found]) -> str:
@@ -199,7 +218,7 @@ def section(benchmark: str, files: dict[str, Found]) -> str:
 
 def main() -> None:
     files = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    files = {name: found for name, found in files.items() if not found["settings"]["tiny"]}
+    files = {name: found for name, found in files.items() if not found["settings"].get("tiny")}
     IMAGES.mkdir(parents=True, exist_ok=True)
     page = PAGE.read_text(encoding="utf-8")
     for benchmark in SECTIONS:
