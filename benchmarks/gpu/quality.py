@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from benchmarks.gpu.engine import Engine, machine
-from benchmarks.gpu.setup import BLEND, PLAIN, Setup, add_graphs
+from benchmarks.gpu.setup import BLEND, PLAIN, Setup, add_graphs, words
 from benchmarks.gpu.variants import Cell, replies, run_variants
 
 TASKS, MIXED, LIBRARY = "tasks", "mixed", "library"
@@ -311,7 +311,7 @@ def main() -> None:
     if arguments.variant:
         work(arguments)
         return
-    names = [*arguments.variants.split(","), *([LIBRARY] if arguments.library else [])]
+    names = [*words(arguments.variants), *([LIBRARY] if arguments.library else [])]
     settings = {"model": arguments.model.name, "arguments": sys.argv[1:]}
     run_variants("quality", names, arguments.out, settings, arguments.limit, line)
 

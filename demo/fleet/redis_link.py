@@ -62,8 +62,8 @@ class RedisLink:
                 threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
 
     def _carry(self, source: socket.socket, target: socket.socket) -> None:
-        source.settimeout(None)
         with contextlib.suppress(OSError):
+            source.settimeout(None)
             while data := source.recv(1 << 18):
                 self._flows.wait()
                 target.sendall(data)
