@@ -112,7 +112,8 @@ class Shard(NamedTuple):
 
 
 def _xor(*rows: bytes) -> bytes:
-    return bytes(reduce(xor, column) for column in zip(*rows, strict=True))
+    """Of rows of equal length."""
+    return reduce(xor, map(int.from_bytes, rows)).to_bytes(len(rows[0]))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from lmcache.keys import CacheKey, Namespace, Shard, prefix_keys
 from lmcache.memory.memory_obj import KVSpec
 from lmcache.metadata import TOKEN_MAJOR
 from lmcache.storage.cpu import LocalCPUTier
-from lmcache.storage.resharded import ReshardedTier, ShardSource, recipes
+from lmcache.storage.resharded import ReshardedTier, ShardSource
+from lmcache.storage.shard_recipes import recipes
 
 HEADS = 8
 SIZES = [1, 2, 4, 8]
@@ -89,6 +90,7 @@ def test_bytes_in_another_layout_are_a_miss(memory: LocalCPUTier) -> None:
     put(memory, 1, other, layout="pages-1:some")
     tier = ReshardedTier(own, [ShardSource(other, memory)], memory.allocate)
     assert tier.submit_get(key_of(1, own)).result(10) is None
+    assert tier.stats().failures == {"read_unlike": 1}
 
 
 def test_without_memory_it_is_a_miss_and_everything_is_given_back(memory: LocalCPUTier) -> None:
@@ -96,14 +98,25 @@ def test_without_memory_it_is_a_miss_and_everything_is_given_back(memory: LocalC
     put(memory, 1, other)
     tier = ReshardedTier(own, [ShardSource(other, memory)], lambda spec: None)
     assert tier.submit_get(key_of(1, own)).result(10) is None
+    assert tier.stats().failures == {"read_no_memory": 1}
     with memory.get(key_of(1, other)) as obj:  # type: ignore[union-attr]
         assert obj.ref_count == 2
 
 
-def test_sizes_that_do_not_divide_each_other_and_other_stages_are_left_out(memory: LocalCPUTier) -> None:
-    assert recipes(Shard(0, 2), [ShardSource(shard, memory) for shard in all_shards([3])]) == []
-    assert recipes(Shard(0, 1), [ShardSource(Shard(rank, 2, 1, 2), memory) for rank in range(2)]) == []
-    assert recipes(Shard(0, 1), [ShardSource(Shard(0, 2), memory)]) == [], "half of the heads is not there"
+def test_sizes_that_do_not_divide_each_other_and_other_stages_are_left_out() -> None:
+    assert recipes(Shard(0, 2), all_shards([3])) == []
+    assert recipes(Shard(0, 1), [Shard(rank, 2, 1, 2) for rank in range(2)]) == []
+    assert recipes(Shard(0, 1), [Shard(0, 2)]) == [], "half of the heads is not there"
+
+
+def test_the_fewest_reads_come_first_and_of_those_the_smallest() -> None:
+    ways = recipes(Shard(1, 4), all_shards(SIZES))
+    assert [way.shards for way in ways] == [
+        (Shard(1, 4),),
+        (Shard(0, 2),),
+        (Shard(0, 1),),
+        (Shard(2, 8), Shard(3, 8)),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -14,7 +16,11 @@ import torch
 from lmcache.keys import CacheKey, Shard
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.metadata import TOKEN_MAJOR
+from lmcache.observability.logging import init_logger, log_limited
 from lmcache.storage.interface import Allocate, StorageTier, TierStats
+from lmcache.storage.shard_recipes import Recipe, recipes
+
+logger = init_logger(__name__)
 
 
 class ShardSource(NamedTuple):
@@ -24,45 +30,19 @@ class ShardSource(NamedTuple):
     tier: StorageTier
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """Our chunk is the chunks of ``sources`` side by side, from share ``first`` of ``shares`` equal shares of that on.
+class _Way(NamedTuple):
+    """A recipe, and for each of its shards who holds the chunks."""
 
-    One source and several shares: it is cut. One share: the sources are joined.
-    """
+    recipe: Recipe
+    tiers: tuple[StorageTier, ...]
 
-    sources: tuple[ShardSource, ...]
-    first: int
-    shares: int
-
-    def holds(self, own: Shard, key: CacheKey) -> bool:
-        return all(source.tier.contains(key.moved(own, source.shard)) for source in self.sources)
+    def holds(self, key: CacheKey) -> bool:
+        return all(tier.contains(part) for tier, part in zip(self.tiers, self.recipe.parts(key), strict=True))
 
 
-def recipes(own: Shard, sources: Sequence[ShardSource]) -> list[_Recipe]:
-    """The ways to make chunks of ``own`` out of those of ``sources``, those with the fewest reads first.
-
-    Only sizes of which one divides the other go together. Equal shards too may lie elsewhere: where ranks share heads.
-    """
-    found: list[_Recipe] = []
-    stage = (own.pp_rank, own.pp_size)
-    by_size: dict[int, dict[int, ShardSource]] = {}
-    for source in sources:
-        if (source.shard.pp_rank, source.shard.pp_size) == stage:
-            by_size.setdefault(source.shard.tp_size, {})[source.shard.tp_rank] = source
-    for size, ranks in sorted(by_size.items()):
-        if own.tp_size % size == 0:
-            shares = own.tp_size // size
-            source_rank, first = divmod(own.tp_rank, shares)
-            wanted = [source_rank]
-        elif size % own.tp_size == 0:
-            parts = size // own.tp_size
-            wanted, first, shares = [own.tp_rank * parts + part for part in range(parts)], 0, 1
-        else:
-            continue
-        if all(rank in ranks for rank in wanted):
-            found.append(_Recipe(tuple(ranks[rank] for rank in wanted), first, shares))
-    return found
+def _ways(own: Shard, sources: Sequence[ShardSource]) -> list[_Way]:
+    tiers = dict(sources)
+    return [_Way(recipe, tuple(tiers[shard] for shard in recipe.shards)) for recipe in recipes(own, tiers)]
 
 
 class ReshardedTier(StorageTier):
@@ -73,20 +53,23 @@ class ReshardedTier(StorageTier):
 
     name: ClassVar[str] = "resharded"
 
-    def __init__(self, own: Shard, sources: Sequence[ShardSource], allocate: Allocate) -> None:
+    def __init__(
+        self, own: Shard, sources: Sequence[ShardSource], allocate: Allocate, *, shared: Sequence[ShardSource] = ()
+    ) -> None:
         """Args:
         own: the shard whose keys are asked for.
         allocate: gives the host memory for what is made.
+        shared: sources that are looked in after ``sources``, and that somebody else clears, counts and closes.
         """
-        self._own = own
-        self._recipes = recipes(own, sources)
+        self._ways = _ways(own, sources) + _ways(own, shared)
         self._tiers = tuple({id(source.tier): source.tier for source in sources}.values())
         self._allocate = allocate
         self._lock = threading.Lock()
         self._hits = self._misses = 0
+        self._failures: Counter[str] = Counter()
 
     def contains(self, key: CacheKey) -> bool:
-        return any(recipe.holds(self._own, key) for recipe in self._recipes)
+        return any(way.holds(key) for way in self._ways)
 
     def submit_put(self, key: CacheKey, obj: MemoryObj) -> bool:
         return False
@@ -94,19 +77,19 @@ class ReshardedTier(StorageTier):
     def submit_get(self, key: CacheKey) -> Future[MemoryObj | None]:
         made: Future[MemoryObj | None] = Future()
         made.set_running_or_notify_cancel()
-        recipe = next((recipe for recipe in self._recipes if recipe.holds(self._own, key)), None)
-        if recipe is None:
+        way = next((way for way in self._ways if way.holds(key)), None)
+        if way is None:
             self._finish(made, None)
             return made
-        reads = [source.tier.submit_get(key.moved(self._own, source.shard)) for source in recipe.sources]
+        reads = [tier.submit_get(part) for tier, part in zip(way.tiers, way.recipe.parts(key), strict=True)]
         left = _CountDown(len(reads))
         for read in reads:
-            read.add_done_callback(partial(self._arrived, recipe, reads, left, made))
+            read.add_done_callback(partial(self._arrived, way.recipe, reads, left, made))
         return made
 
     def _arrived(
         self,
-        recipe: _Recipe,
+        recipe: Recipe,
         reads: Sequence[Future[MemoryObj | None]],
         left: _CountDown,
         made: Future[MemoryObj | None],
@@ -115,34 +98,42 @@ class ReshardedTier(StorageTier):
         if not left.last():
             return
         objs = [read.result() for read in reads]
+        parts = [obj for obj in objs if obj is not None]
+        made_of: MemoryObj | None = None
         try:
-            obj = self._assemble(recipe, [obj for obj in objs if obj is not None])
-        except Exception:  # memory that is not to be had, whatever `allocate` raises: a miss
-            obj = None
+            # A part that did not come was counted, and said, by the tier that did not give it.
+            if len(parts) == len(objs):
+                made_of = self._assemble(recipe, parts)
+        except Exception as error:  # memory that is not to be had, whatever `allocate` raises: a miss
+            self._fail("internal", repr(error))
         finally:
-            for part in objs:
-                if part is not None:
-                    part.ref_down()
-        self._finish(made, obj)
+            for part in parts:
+                part.ref_down()
+        self._finish(made, made_of)
 
-    def _assemble(self, recipe: _Recipe, objs: Sequence[MemoryObj]) -> MemoryObj | None:
-        if len(objs) != len(recipe.sources) or not _alike(objs):
+    def _assemble(self, recipe: Recipe, parts: Sequence[MemoryObj]) -> MemoryObj | None:
+        spec = parts[0].spec
+        if not _alike(parts) or spec.shape[3] % recipe.shares:
+            self._fail("unlike", f"chunks of {[part.spec for part in parts]} do not go together")
             return None
-        spec = objs[0].spec
         layers, planes, num_tokens, heads, dim = spec.shape
-        if heads % recipe.shares:
-            return None
-        shape = (layers, planes, num_tokens, heads * len(objs) // recipe.shares, dim)
+        shape = (layers, planes, num_tokens, heads * len(parts) // recipe.shares, dim)
         made = self._allocate(replace(spec, shape=shape))
         if made is None:
+            self._fail("no_memory", f"no host memory for {shape}")
             return None
         target = made.tensor
         if recipe.shares > 1:
             width = heads // recipe.shares
-            target.copy_(objs[0].tensor[:, :, :, recipe.first * width : (recipe.first + 1) * width])
+            target.copy_(parts[0].tensor[:, :, :, recipe.first * width : (recipe.first + 1) * width])
         else:
-            torch.cat([obj.tensor for obj in objs], dim=3, out=target)
+            torch.cat([part.tensor for part in parts], dim=3, out=target)
         return made
+
+    def _fail(self, reason: str, detail: str) -> None:
+        with self._lock:
+            self._failures[f"read_{reason}"] += 1
+        log_limited(logger, logging.WARNING, f"resharded:{reason}", "a chunk of other ranks is a miss: %s", detail)
 
     def _finish(self, made: Future[MemoryObj | None], obj: MemoryObj | None) -> None:
         with self._lock:
@@ -170,10 +161,10 @@ class ReshardedTier(StorageTier):
 
     def stats(self) -> TierStats:
         inner = [tier.stats() for tier in self._tiers]
-        failures: dict[str, int] = {}
+        with self._lock:
+            failures = Counter(self._failures)
         for stats in inner:
-            for reason, number in stats.failures.items():
-                failures[reason] = failures.get(reason, 0) + number
+            failures.update(stats.failures)
         return TierStats(
             entries=sum(stats.entries for stats in inner),
             used_bytes=sum(stats.used_bytes for stats in inner),
@@ -182,7 +173,7 @@ class ReshardedTier(StorageTier):
             misses=self._misses,
             evictions=0,
             dropped_puts=0,
-            failures=failures,
+            failures=dict(failures),
         )
 
     def close(self) -> None:
