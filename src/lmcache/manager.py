@@ -26,6 +26,7 @@ from lmcache.storage.from_config import disk_format, disk_settings, open_disk, o
 from lmcache.storage.interface import StorageTier
 from lmcache.storage.kv_storage import KVStorage
 from lmcache.storage.policies import make_policy
+from lmcache.storage.remote.other_sizes import OtherSizes
 from lmcache.storage.resharded import ReshardedTier, ShardSource
 from lmcache.storage.tiered import TieredStorage
 
@@ -80,12 +81,17 @@ class LMCacheManager:
         foreign = self._foreign_directories()
         # Directories of other engines beside it are read, and count too.
         disk = open_disk(config, memory.allocate, self.metrics, share=0.5 if foreign else 1.0)
-        remote = open_remote(config, memory.allocate)
+        other_sizes = OtherSizes(metadata.namespace(codec=config.inexact_codec), metadata.total_kv_heads)
+        remote = open_remote(config, memory.allocate, other_sizes)
         # Closes them all, the slow ones first.
         self.storage = TieredStorage(
             memory,
             [tier for tier in (disk, remote) if tier is not None],
-            sources=self._open_foreign(foreign, memory) if disk is not None else (),
+            sources=self._open_resharded(
+                memory,
+                self._open_foreign(foreign, memory) if disk is not None else [],
+                [] if remote is None else [ShardSource(shard, remote) for shard in other_sizes.shards],
+            ),
             keep_in_memory=config.local_cpu,
             metrics=self.metrics,
         )
@@ -113,7 +119,14 @@ class LMCacheManager:
         except OSError:
             return []  # who opens our own directory says why
 
-    def _open_foreign(self, found: list[RankDirectory], memory: LocalCPUTier) -> list[StorageTier]:
+    def _open_resharded(
+        self, memory: LocalCPUTier, on_disk: list[ShardSource], in_store: list[ShardSource]
+    ) -> list[StorageTier]:
+        if not on_disk and not in_store:
+            return []
+        return [ReshardedTier(self.metadata.shard, on_disk, memory.allocate, shared=in_store)]
+
+    def _open_foreign(self, found: list[RankDirectory], memory: LocalCPUTier) -> list[ShardSource]:
         if not found:
             return []
         # Half of what all ranks together may take; each of us leaves that half of its share alone.
@@ -128,7 +141,7 @@ class LMCacheManager:
             if tier is not None:
                 shard = Shard.of_heads(directory.rank, directory.world_size, self.metadata.total_kv_heads)
                 sources.append(ShardSource(shard, tier))
-        return [ReshardedTier(self.metadata.shard, sources, memory.allocate)] if sources else []
+        return sources
 
     def stats(self) -> EngineStats:
         return self.engine.stats()

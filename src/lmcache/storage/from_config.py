@@ -17,6 +17,7 @@ from lmcache.storage.disk import DiskSettings, DiskTierError, LocalDiskTier
 from lmcache.storage.interface import Allocate
 from lmcache.storage.policies import make_policy
 from lmcache.storage.remote.interface import StoreOptions
+from lmcache.storage.remote.other_sizes import OtherSizes
 from lmcache.storage.remote.settings import RemoteSettings
 from lmcache.storage.remote.stores import open_store
 from lmcache.storage.remote.tier import LOOKUP_THREADS, RemoteTier
@@ -71,7 +72,9 @@ def open_disk(
         return None
 
 
-def open_remote(config: LMCacheEngineConfig, allocate: Allocate) -> RemoteTier | None:
+def open_remote(
+    config: LMCacheEngineConfig, allocate: Allocate, other_sizes: OtherSizes | None = None
+) -> RemoteTier | None:
     """None where there is to be none. The store may be away.
 
     Raises:
@@ -96,7 +99,7 @@ def open_remote(config: LMCacheEngineConfig, allocate: Allocate) -> RemoteTier |
         write_threads=config.remote_write_threads,
         write_queue_bytes=int(config.remote_write_queue_size * GIB),
     )
-    return RemoteTier(store, settings, allocate, chunk_format)
+    return RemoteTier(store, settings, allocate, chunk_format, other_sizes)
 
 
 def _keys(file: Path | None, secret: SecretStr | None, name: str) -> KeyRing | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from lmcache.keys import CacheKey, PrefixKey
 from lmcache.storage.remote.interface import RemoteStore
+from lmcache.storage.remote.other_sizes import OtherSizes
 from lmcache.storage.remote.small_values import read_small, write_small
 
 _ROOT = "lmcache/1"
@@ -23,9 +24,16 @@ class RemoteNames:
     to the store's eviction. Thread-safe.
     """
 
-    def __init__(self, tag: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        """``tag``: chunks with another one are others."""
+    def __init__(
+        self, tag: str = "", clock: Callable[[], float] = time.monotonic, other_sizes: OtherSizes | None = None
+    ) -> None:
+        """Args:
+        tag: chunks with another one are others.
+        other_sizes: is told with every :meth:`refresh` which sizes have left their mark.
+        """
         self._tag = tag
+        self._other_sizes = other_sizes
+        self._marks = [] if other_sizes is None else other_sizes.marks
         self._clock = clock
         self._lock = threading.Lock()
         self.generation = "0"
@@ -64,7 +72,9 @@ class RemoteNames:
                 write_small(store, [(_GENERATION, mine.encode())], timeout)
                 found: bytes | None = None
             else:
-                (found,) = read_small(store, [_GENERATION], _MAX_GENERATION, timeout)
+                found, *marks = read_small(store, [_GENERATION, *self._marks], _MAX_GENERATION, timeout)
+                if self._other_sizes is not None:
+                    self._other_sizes.saw(marks)
             self._unpublished = False
             self._refresh_at = self._clock() + _REFRESH_SECONDS
             if found is not None and found.isalnum():

@@ -12,6 +12,7 @@ from typing import ClassVar, TypeVar
 
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import MemoryObj
+from lmcache.metadata import TOKEN_MAJOR
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.storage.breaker import CircuitBreaker
 from lmcache.storage.chunk_format import ChunkFormat
@@ -20,6 +21,7 @@ from lmcache.storage.remote.chunk_receiver import ChunkReceiver
 from lmcache.storage.remote.interface import RemoteStore, RemoteStoreError, Value, Wanted
 from lmcache.storage.remote.known_keys import KnownKeys
 from lmcache.storage.remote.names import RemoteNames
+from lmcache.storage.remote.other_sizes import OtherSizes
 from lmcache.storage.remote.reads import Read, Reads
 from lmcache.storage.remote.settings import RemoteSettings
 from lmcache.storage.remote.uploads import Uploads
@@ -46,12 +48,23 @@ class RemoteTier(StorageTier):
     must_ask: ClassVar[bool] = True
 
     def __init__(
-        self, store: RemoteStore, settings: RemoteSettings, allocate: Allocate, chunk_format: ChunkFormat | None = None
+        self,
+        store: RemoteStore,
+        settings: RemoteSettings,
+        allocate: Allocate,
+        chunk_format: ChunkFormat | None = None,
+        other_sizes: OtherSizes | None = None,
     ) -> None:
-        """Takes over ``store``. ``allocate`` gives the host memory that chunks are read into."""
+        """Takes over ``store``.
+
+        Args:
+            allocate: gives the host memory that chunks are read into.
+            other_sizes: :meth:`ask` also finds out what these have of a chunk. They read it under their own keys.
+        """
         self.store = store
         self.format = chunk_format or ChunkFormat()
-        self.names = RemoteNames(self.format.tag)
+        self.names = RemoteNames(self.format.tag, other_sizes=other_sizes)
+        self._other_sizes = other_sizes
         self.breaker = CircuitBreaker()
         self._settings = settings
         self._allocate = allocate
@@ -79,10 +92,17 @@ class RemoteTier(StorageTier):
         return key in self._uploads or (key in self._known and self.breaker.allows())
 
     def ask(self, keys: Sequence[CacheKey]) -> Future[None] | None:
-        unknown = [key for key in keys if not self._known.is_fresh(key) and key not in self._uploads]
+        unknown = [key for key in keys if not self._is_stored(key) and key not in self._uploads]
         if not unknown or not self.breaker.allows():
             return None
-        return self.run_lookup(lambda: self.find_out(unknown))
+        return self.run_lookup(lambda: self._find_out(unknown, self._parts))
+
+    def _is_stored(self, key: CacheKey) -> bool:
+        """Whether the store was seen of late to have ``key``, or all that it can be made of."""
+        return self._known.is_fresh(key) or any(all(map(self._known.is_fresh, parts)) for parts in self._parts(key))
+
+    def _parts(self, key: CacheKey) -> list[list[CacheKey]]:
+        return [] if self._other_sizes is None else self._other_sizes.parts(key)
 
     def run_lookup(self, look: Callable[[], None]) -> Future[None] | None:
         """Run ``look``, which asks the store something small that a request waits for, on a thread for that. None where
@@ -112,11 +132,22 @@ class RemoteTier(StorageTier):
 
     def find_out(self, keys: Sequence[CacheKey]) -> None:
         """Ask the store for ``keys``, and wait for what it says."""
+        self._find_out(keys, lambda _: [])
+
+    def _find_out(self, keys: Sequence[CacheKey], parts_of: Callable[[CacheKey], list[list[CacheKey]]]) -> None:
         names, timeout = self.names, self._settings.lookup_timeout
+        asked: list[CacheKey] = []
+
+        def look() -> list[bool]:
+            # Which sizes there are is known only now.
+            asked.extend(keys)
+            asked.extend(part for key in keys for parts in parts_of(key) for part in parts)
+            return self.store.exists([names.of(key) for key in asked], timeout)
+
         nowhere: list[bool] = []
-        there = self.attempt("lookup", lambda: self.store.exists([names.of(key) for key in keys], timeout), nowhere)
-        self._known.add(key for key, is_there in zip(keys, there, strict=False) if is_there)
-        for key, is_there in zip(keys, there, strict=False):
+        there = self.attempt("lookup", look, nowhere)
+        self._known.add(key for key, is_there in zip(asked, there, strict=False) if is_there)
+        for key, is_there in zip(asked, there, strict=False):
             if not is_there:
                 self._known.discard(key)
 
@@ -166,7 +197,7 @@ class RemoteTier(StorageTier):
     # Putting
 
     def submit_put(self, key: CacheKey, obj: MemoryObj) -> bool:
-        if self._known.is_fresh(key):
+        if self._is_stored(key):
             return True
         if not self._closed and self.breaker.allows() and self._uploads.add(key, obj):
             return True
@@ -203,10 +234,18 @@ class RemoteTier(StorageTier):
         if values and not self.attempt("write", lambda: self._put(values), False):
             self._count(dropped=len(values))
             return
+        self._leave_mark(burst)
         if generation != self.names.generation:  # forgotten while it was written
             return
         # Who claimed the others writes them, or has; if not, the next look-up finds out.
         self._known.add(key for (key, _), mine in zip(burst, claimed, strict=True) if mine)
+
+    def _leave_mark(self, written: list[tuple[CacheKey, MemoryObj]]) -> None:
+        sizes = self._other_sizes
+        if sizes is None or not sizes.own_mark_is_missing:
+            return
+        if any(obj.spec.layout == TOKEN_MAJOR for _, obj in written):  # other chunks are neither cut nor joined
+            self.attempt("mark", lambda: sizes.mark(self.store, self.timeout), None)
 
     def _put(self, values: list[Value]) -> bool:
         self.store.put(values, self.timeout)
