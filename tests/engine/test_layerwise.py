@@ -12,11 +12,11 @@ from tests.engine.helpers import (
     SlowTier,
     kv_of,
     leading,
-    make_engine,
     make_metadata,
     per_layer,
     tokens_of,
 )
+from tests.engine.makers import is_empty
 
 
 def result_of(generator):
@@ -32,14 +32,14 @@ def connector():
 
 
 @pytest.fixture
-def engine(connector):
+def engine(connector, make_engine):
     engine = make_engine(connector=connector)
     yield engine
     engine.close()
 
 
 @pytest.mark.parametrize("fmt", ["vllm", "huggingface"])
-def test_tensors_layer_by_layer(fmt):
+def test_tensors_layer_by_layer(fmt, make_engine):
     engine = make_engine(metadata=make_metadata(fmt=fmt))
     tokens = tokens_of(2 * CHUNK + 3)
     blob = kv_of(tokens)
@@ -94,7 +94,7 @@ def test_a_store_that_is_given_up_leaves_nothing(engine, steps):
         next(store) if step == 0 else store.send(kv[step - 1])
     store.close()
     assert not engine.contains(tokens)
-    assert engine.storage.memory.pool.used_bytes == 0
+    assert is_empty(engine)
     assert engine.store(tokens, kv_of(tokens)) == 2 * CHUNK, "and does not stand in the way of the next"
 
 
@@ -138,7 +138,7 @@ def test_a_wrong_layer_is_refused(engine, sent, message):
     next(store)
     with pytest.raises(ValueError, match=message):
         store.send(sent)
-    assert engine.storage.memory.pool.used_bytes == 0
+    assert is_empty(engine)
 
 
 def test_pages_take_no_tensors(engine):
@@ -149,7 +149,7 @@ def test_pages_take_no_tensors(engine):
         store.send(per_layer(kv_of(tokens))[0])
 
 
-def test_with_a_lease_from_before():
+def test_with_a_lease_from_before(make_engine):
     """The scheduler takes the lease, the forward uses it a layer at a time."""
     connector = PagesConnector()
     slow = SlowTier()
@@ -158,11 +158,11 @@ def test_with_a_lease_from_before():
     slots = torch.arange(len(tokens))
     connector.pages[:, :, slots] = kv_of(tokens)
     engine.store(tokens, slot_mapping=slots)
-    engine.storage.memory.clear()
+    make_engine.memory.clear()
     connector.pages.fill_(-1)
     with engine.prefetch(tokens, paged=True) as lease:
         slow.answer_all()
-        assert lease.ready()
+        assert lease.wait(10)
         steps = engine.retrieve_layer(tokens, slot_mapping=slots, lease=lease)
         assert len(list(steps)) == LAYERS
     assert torch.equal(connector.pages[:, :, slots], kv_of(tokens))

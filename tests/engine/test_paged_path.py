@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.helpers import CHUNK, PagesConnector, kv_of, leading, make_engine, tokens_of
+from tests.engine.helpers import CHUNK, PagesConnector, kv_of, leading, tokens_of
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def connector():
 
 
 @pytest.fixture
-def engine(connector):
+def engine(connector, make_engine):
     engine = make_engine(connector=connector)
     yield engine
     engine.close()
@@ -86,7 +86,7 @@ def test_a_lease_for_more_than_is_wanted(engine, connector):
     assert bool((connector.pages[:, :, slots[-1]] == -1).all())
 
 
-def test_tails(connector):
+def test_tails(connector, make_engine):
     engine = make_engine(connector=connector, save_unfull_chunk=True)
     tokens = tokens_of(CHUNK + 7)
     slots = scattered(len(tokens))

@@ -13,7 +13,6 @@ from tests.engine.helpers import (
     PagesConnector,
     kv_of,
     leading,
-    make_engine,
     make_metadata,
     per_layer,
     tokens_of,
@@ -21,7 +20,7 @@ from tests.engine.helpers import (
 
 
 @pytest.fixture
-def engine():
+def engine(make_engine):
     engine = make_engine()
     yield engine
     engine.close()
@@ -38,7 +37,7 @@ def assert_layers(got, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
 @pytest.mark.parametrize("stored_as", ["blob", "layers"])
 @pytest.mark.parametrize("kind", [list, torch.tensor])
-def test_what_was_stored_comes_back(dtype, stored_as, kind):
+def test_what_was_stored_comes_back(dtype, stored_as, kind, make_engine):
     metadata = make_metadata(kv_dtype=dtype)
     engine = make_engine(metadata=metadata)
     tokens = tokens_of(4 * CHUNK)
@@ -54,7 +53,7 @@ def test_what_was_stored_comes_back(dtype, stored_as, kind):
     engine.close()
 
 
-def test_huggingface_blobs_have_heads_before_tokens():
+def test_huggingface_blobs_have_heads_before_tokens(make_engine):
     metadata = make_metadata(fmt="huggingface")
     engine = make_engine(metadata=metadata)
     tokens = tokens_of(2 * CHUNK + 3)
@@ -71,7 +70,7 @@ def test_huggingface_blobs_have_heads_before_tokens():
     engine.close()
 
 
-def test_mla_has_one_plane():
+def test_mla_has_one_plane(make_engine):
     metadata = make_metadata(use_mla=True, kv_shape=(LAYERS, 1, CHUNK, 1, 24))
     engine = make_engine(metadata=metadata)
     tokens = tokens_of(CHUNK)
@@ -196,7 +195,7 @@ def test_a_tail_is_left_out_unless_asked_for(engine):
     assert engine.contains(tokens)
 
 
-def test_tails():
+def test_tails(make_engine):
     engine = make_engine(save_unfull_chunk=True)
     tokens = tokens_of(3 * CHUNK)
     prompt = tokens[: 2 * CHUNK + 5]
@@ -214,7 +213,7 @@ def test_tails():
     engine.close()
 
 
-def test_short_hits_count_as_none():
+def test_short_hits_count_as_none(make_engine):
     engine = make_engine(min_retrieve_tokens=2 * CHUNK)
     tokens = tokens_of(3 * CHUNK)
     engine.store(tokens, kv_of(tokens))
@@ -303,12 +302,12 @@ def test_keys_must_belong_to_the_tokens(engine):
         engine.store(tokens, kv_of(tokens), keys=keys[:2])
 
 
-def test_configuration_and_metadata_must_agree():
+def test_configuration_and_metadata_must_agree(make_engine):
     with pytest.raises(ValueError, match="chunk_size=32"):
         make_engine(chunk_size=32)
 
 
-def test_a_chunk_of_another_shape_is_a_miss():
+def test_a_chunk_of_another_shape_is_a_miss(make_engine):
     """Two models under one name, on one directory: the bytes are not this model's."""
     engine = make_engine()
     tokens = tokens_of(CHUNK)
@@ -322,7 +321,7 @@ def test_a_chunk_of_another_shape_is_a_miss():
 
 
 @pytest.mark.parametrize("fmt", ["vllm", "huggingface"])
-def test_retrieving_into_memory_of_the_caller(fmt):
+def test_retrieving_into_memory_of_the_caller(fmt, make_engine):
     engine = make_engine(metadata=make_metadata(fmt=fmt))
     tokens = tokens_of(3 * CHUNK + 5)
     blob = kv_of(tokens)
