@@ -113,7 +113,7 @@ class Shard(NamedTuple):
 
 def _xor(*rows: bytes) -> bytes:
     """Of rows of equal length."""
-    return reduce(xor, map(int.from_bytes, rows)).to_bytes(len(rows[0]))
+    return reduce(xor, (int.from_bytes(row, "big") for row in rows)).to_bytes(len(rows[0]), "big")
 
 
 @dataclass(frozen=True)
