@@ -108,3 +108,35 @@ def test_two_ranks_keep_their_shares_in_one_server(server: CacheServer, tmp_path
     assert reused(second) == [192, 288]
     corrupt(server)
     assert tokens(ask_two(config)) != tokens(plain)
+
+
+def assert_blended_from(server: CacheServer, answer: dict[str, Any], at_least: int) -> None:
+    blend = answer["reuse"]["blend"]
+    assert blend["fallback"] is None
+    assert len(blend["segments"]) >= 2
+    tiers = {tier for one in blend["segments"] for tier in one["tokens_by_tier"]}
+    assert tiers == {"memory"}, "the only tier that there is, and the server's"
+    assert sum(sum(one["tokens_by_tier"].values()) for one in blend["segments"]) >= at_least
+
+
+def test_passages_that_one_engine_has_read_are_blended_by_another(server: CacheServer) -> None:
+    read = run("read_passages", module=SCENARIOS, connector="mp")
+    assert eventually(lambda: server.clients == 0)
+    hits = server.memory.stats().hits
+
+    found = run("ask_in_another_order", module=SCENARIOS, connector="mp")
+    for name in ("all rows", "no rows", "not turned"):
+        assert_blended_from(server, found[name], sum(read["lengths"]) // 2)
+    assert server.memory.stats().hits > hits
+    assert found["full"]["reuse"]["blend"] is None
+    assert len(found["full"]["text"].split()) > 1, "an answer that another one could differ from"
+    assert found["all rows"]["tokens"] == found["full"]["tokens"]
+    assert found["not turned"]["text"] != found["no rows"]["text"]
+    assert eventually(lambda: server.clients == 0)
+    assert all(obj.ref_count == 1 for obj in server.memory.pool.live_objects()), "every lease is back"
+
+    corrupt(server)
+    spoilt = run("ask_in_another_order", module=SCENARIOS, connector="mp")
+    assert_blended_from(server, spoilt["no rows"], sum(read["lengths"]) // 2)
+    assert spoilt["full"]["text"] == spoilt["all rows"]["text"] == found["full"]["text"], "where all is computed"
+    assert spoilt["no rows"]["text"] != found["no rows"]["text"], "what is blended are the server's bytes"
