@@ -24,7 +24,7 @@ MODEL := .cache/models/smollm2-bfloat16
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help has-python setup setup-sglang test test-fast test-kernels test-vllm test-sglang demo demo-sglang demo-fleet fuzz soak bench check format clean
+.PHONY: help has-python setup setup-sglang test test-fast test-kernels test-vllm test-vllm-rest test-vllm-blend test-sglang demo demo-sglang demo-fleet fuzz soak bench check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,7 +40,7 @@ setup-sglang: $(SGLANG_VENV)/.package ## the environment with SGLang and the mod
 
 test: test-fast ## all tests: the fast ones, then those on a real vLLM and a real SGLang, both at once
 	@echo "The tests on vLLM and on SGLang run side by side; each prints when it ends, after half an hour or so."
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-vllm test-sglang test-kernels
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-vllm-rest test-sglang test-vllm-blend test-kernels
 
 test-fast: setup ## the tests that need no engine
 	$(BIN)/python -m pytest -m "not vllm and not sglang"
@@ -48,8 +48,14 @@ test-fast: setup ## the tests that need no engine
 test-kernels: setup-sglang ## the kernels for GPUs, in Triton's interpreter
 	TRITON_INTERPRET=1 $(SGLANG_BIN)/python -m pytest tests/kernels
 
-test-vllm: setup ## the tests on a real vLLM
-	$(BIN)/python -m pytest -m vllm
+test-vllm: test-vllm-rest test-vllm-blend ## the tests on a real vLLM
+
+# Two parts, so that neither of two cores waits long for the other at the end.
+test-vllm-rest: setup
+	$(BIN)/python -m pytest -m vllm --ignore=tests/vllm/blend
+
+test-vllm-blend: setup
+	$(BIN)/python -m pytest -m vllm tests/vllm/blend
 
 test-sglang: setup setup-sglang ## the tests on a real SGLang
 	$(SGLANG_BIN)/python scripts/fetch_sglang_sources.py $(SGLANG_SOURCES)
