@@ -126,17 +126,29 @@ class StagedConnector(TokenConnector):
         with ring.lock:
             offsets = self._offsets(slots)
             at = offsets.view(-1)
-            token_bytes = len(self.kv_layout.planes) * self._row_bytes
-            chunks = UniformChunks.of(objs, ranges, token_bytes) if to_pages else None
-            if chunks is not None:
-                for group in chunks.groups(layers, _GROUP_BYTES):
-                    self._load_group(ring, chunks, group, at[ranges[0][0] :], len(slots))
+            if to_pages:
+                self._load(ring, layers, objs, ranges, at, len(slots))
                 return
             for obj, (start, end) in zip(objs, ranges, strict=True):
-                holes = not to_pages and bool((slots[start:end] < 0).any())
-                self._move_chunk(ring, to_pages, layers, obj, at[start:], len(slots), holes)
-            if not to_pages and ring.stream is not None:
+                self._save_chunk(ring, layers, obj, at[start:], len(slots), bool((slots[start:end] < 0).any()))
+            if ring.stream is not None:
                 ring.stream.synchronize()
+
+    def _load(
+        self,
+        ring: _Ring,
+        layers: range,
+        objs: Sequence[MemoryObj],
+        ranges: Sequence[tuple[int, int]],
+        offsets: torch.Tensor,
+        total_tokens: int,
+    ) -> None:
+        token_bytes = len(self.kv_layout.planes) * self._row_bytes
+        together = UniformChunks.of(objs, ranges, token_bytes)
+        alike = [together] if together is not None else [UniformChunks([obj], token_bytes) for obj in objs]
+        for chunks, (start, _) in zip(alike, ranges, strict=False):
+            for group in chunks.groups(layers, _GROUP_BYTES):
+                self._load_group(ring, chunks, group, offsets[start:], total_tokens)
 
     def _load_group(
         self, ring: _Ring, chunks: UniformChunks, group: ChunkGroup, offsets: torch.Tensor, total_tokens: int
@@ -161,15 +173,8 @@ class StagedConnector(TokenConnector):
         copy_chunks(staged, self._pages, offsets[first:], num_tokens, total_tokens, group.layers, to_pages=True)
         buffer.free = _event(current)
 
-    def _move_chunk(
-        self,
-        ring: _Ring,
-        to_pages: bool,
-        layers: range,
-        obj: MemoryObj,
-        offsets: torch.Tensor,
-        total_tokens: int,
-        holes: bool,
+    def _save_chunk(
+        self, ring: _Ring, layers: range, obj: MemoryObj, offsets: torch.Tensor, total_tokens: int, holes: bool
     ) -> None:
         from lmcache.kernels.chunk_copy import copy_chunks
 
@@ -179,26 +184,16 @@ class StagedConnector(TokenConnector):
         buffer = ring.take(len(kept))
         there = buffer.bytes[: len(kept)]
         staged = there.view(self._pages.word).view(1, len(layers), planes, num_tokens, -1)
-        if to_pages:
-            with _on(ring.stream):
-                _after(buffer.free, ring.stream)
-                there.copy_(kept, non_blocking=True)
-                arrived = _event(ring.stream)
-            current = self._current()
-            _after(arrived, current)
-            copy_chunks(staged, self._pages, offsets, num_tokens, total_tokens, layers, to_pages=True)
-            buffer.free = _event(current)
-        else:
-            current = self._current()
-            _after(buffer.free, current)
-            if holes:  # what has no slot keeps its place in the chunk as it was
-                there.copy_(kept)
-            copy_chunks(staged, self._pages, offsets, num_tokens, total_tokens, layers, to_pages=False)
-            gathered = _event(current)
-            with _on(ring.stream):
-                _after(gathered, ring.stream)
-                kept.copy_(there, non_blocking=True)
-                buffer.free = _event(ring.stream)
+        current = self._current()
+        _after(buffer.free, current)
+        if holes:  # what has no slot keeps its place in the chunk as it was
+            there.copy_(kept)
+        copy_chunks(staged, self._pages, offsets, num_tokens, total_tokens, layers, to_pages=False)
+        gathered = _event(current)
+        with _on(ring.stream):
+            _after(gathered, ring.stream)
+            kept.copy_(there, non_blocking=True)
+            buffer.free = _event(ring.stream)
 
     def _offsets(self, slots: torch.Tensor) -> torch.Tensor:
         """int64 ``[planes, T]`` on the device: words from a plane's base to each token, −1 without a slot."""
