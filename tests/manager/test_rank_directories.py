@@ -12,6 +12,7 @@ import torch
 
 from lmcache.config.schema import GIB
 from lmcache.manager import LMCacheManager
+from lmcache.metadata import LMCacheEngineMetadata
 from lmcache.storage.disk.rank_directories import RankDirectory
 from tests.engine.helpers import CHUNK, make_config, make_metadata, tokens_of
 
@@ -20,21 +21,24 @@ TOKENS = tokens_of(4 * CHUNK)
 KV = torch.randn(LAYERS, 2, len(TOKENS), HEADS, DIM)
 
 
+def rank_metadata(rank: int, tp_size: int) -> LMCacheEngineMetadata:
+    return make_metadata(
+        kv_shape=(LAYERS, 2, CHUNK, HEADS // tp_size, DIM),
+        kv_dtype=torch.float32,
+        tp_rank=rank,
+        tp_size=tp_size,
+        world_size=tp_size,
+        worker_id=rank,
+    )
+
+
 def ranks(stack: ExitStack, directory: Path, tp_size: int, disk_gib: float = 0.5) -> list[LMCacheManager]:
     managers = []
     for rank in range(tp_size):
         config = make_config(
             local_disk=str(RankDirectory.of(directory, rank, tp_size).path), max_local_disk_size=disk_gib / tp_size
         )
-        metadata = make_metadata(
-            kv_shape=(LAYERS, 2, CHUNK, HEADS // tp_size, DIM),
-            kv_dtype=torch.float32,
-            tp_rank=rank,
-            tp_size=tp_size,
-            world_size=tp_size,
-            worker_id=rank,
-        )
-        managers.append(stack.enter_context(LMCacheManager(config, metadata)))
+        managers.append(stack.enter_context(LMCacheManager(config, rank_metadata(rank, tp_size))))
     return managers
 
 

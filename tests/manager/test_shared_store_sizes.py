@@ -12,7 +12,8 @@ import torch
 
 from demo.fleet.redis_server import RedisServer
 from lmcache.manager import LMCacheManager
-from tests.engine.helpers import CHUNK, make_config, make_metadata, tokens_of
+from tests.engine.helpers import CHUNK, make_config, tokens_of
+from tests.manager.test_rank_directories import rank_metadata
 
 HEADS, LAYERS, DIM = 4, 2, 8
 TOKENS = tokens_of(4 * CHUNK)
@@ -21,22 +22,7 @@ KV = torch.randn(LAYERS, 2, len(TOKENS), HEADS, DIM)
 
 def ranks(stack: ExitStack, url: str, tp_size: int, **settings: object) -> list[LMCacheManager]:
     config = make_config(remote_url=url, remote_lookup_seconds=30.0, **settings)
-    return [
-        stack.enter_context(
-            LMCacheManager(
-                config,
-                make_metadata(
-                    kv_shape=(LAYERS, 2, CHUNK, HEADS // tp_size, DIM),
-                    kv_dtype=torch.float32,
-                    tp_rank=rank,
-                    tp_size=tp_size,
-                    world_size=tp_size,
-                    worker_id=rank,
-                ),
-            )
-        )
-        for rank in range(tp_size)
-    ]
+    return [stack.enter_context(LMCacheManager(config, rank_metadata(rank, tp_size))) for rank in range(tp_size)]
 
 
 def store(url: str, tp_size: int) -> None:
