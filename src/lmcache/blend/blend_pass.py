@@ -126,6 +126,7 @@ class _Blend(Generic[Output]):
         self._seed = seed
         self._max_rows = max_rows
         self._probing = 0.0
+        self._early = torch.zeros_like(self._batch.forced)
 
     def run(self, fallbacks: tuple[str | None, ...], on_layer: OnLayer | None, kv_only: bool) -> BlendResult[Output]:
         start = time.perf_counter()
@@ -138,7 +139,12 @@ class _Blend(Generic[Output]):
         before = self._moving()
         last_layer = self._host.num_layers - 1 if kv_only else None
         with Range("recompute"):
-            output = Recompute(self._batch, self._kv, computed, self._max_rows, on_layer, last_layer).run(self._host)
+            early = self._early if bool(self._early.any()) else None
+            late = computed & ~self._early
+            if early is not None:
+                self._kv.correct_again()
+            forward = Recompute(self._batch, self._kv, late, self._max_rows, on_layer, last_layer, early)
+            output = forward.run(self._host)
         assert kv_only or output is not None, "the host stopped a forward that nobody asked it to stop"
         recompute = time.perf_counter() - planned - (self._moving() - before)
         keys, values = self._kv.tensors()
@@ -179,16 +185,25 @@ class _Blend(Generic[Output]):
     # The probe
 
     @Range("probe")
-    def attention_received(self, *, span: int, layers: Sequence[int] | None, heads: HeadReduction) -> torch.Tensor:
+    def attention_received(
+        self, *, span: int, layers: Sequence[int] | None, heads: HeadReduction, computed: torch.Tensor | None
+    ) -> torch.Tensor:
         wanted = range(self._host.num_layers) if layers is None else layers
         start = time.perf_counter()
+        rows, all_new = self._scoring_rows()
+        # They would not see the new rows that are left out.
+        early = computed if all_new else None
+        if early is not None:
+            rows |= early
+            self._early |= early & ~self._batch.forced
         forward = ScoreAttention(
             self._batch,
             self._kv,
-            self._scoring_rows(),
+            rows,
             span=span,
             layers=wanted,
             heads=heads,
+            correct_up_to=None if early is None else self._host.num_layers - 1,
             max_rows=self._max_rows,
         )
         forward.run(self._host)
@@ -211,9 +226,11 @@ class _Blend(Generic[Output]):
         agreed_scores = getattr(self._host, "agreed_scores", None)
         return scores if agreed_scores is None else agreed_scores(scores, heads)
 
-    def _scoring_rows(self) -> torch.Tensor:
-        """bool ``[N]``: the new rows of each prompt that reuses anything, thinned out where there are many."""
+    def _scoring_rows(self) -> tuple[torch.Tensor, bool]:
+        """bool ``[N]``: the new rows of each prompt that reuses anything, thinned out where there are many; and whether
+        that was nowhere."""
         computed = torch.zeros_like(self._batch.forced)
+        all_new = True
         for start, end in self._batch.prompts:
             if not bool(self._batch.reusable[start:end].any()):
                 continue
@@ -221,5 +238,6 @@ class _Blend(Generic[Output]):
             if len(new) > _MAX_SCORING_ROWS:
                 tail = _MAX_SCORING_ROWS - _SCORING_HEAD_ROWS
                 new = torch.cat([new[:_SCORING_HEAD_ROWS], new[-tail:]])
+                all_new = False
             computed[new] = True
-        return computed
+        return computed, all_new

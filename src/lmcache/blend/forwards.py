@@ -15,6 +15,7 @@ import torch
 
 from lmcache.blend.attention import QueryMask, Scoring
 from lmcache.blend.batch import BlendBatch
+from lmcache.blend.early_rows import EarlyRows
 from lmcache.blend.host import BlendHost, StopForward
 from lmcache.blend.layer_kv import BatchKV, LayerKV
 from lmcache.blend.pieces import Part, Piece, cut_rows
@@ -130,6 +131,8 @@ class BlendForward(ABC):
 class Recompute(BlendForward):
     """The forward that counts: what is not computed is corrected, what is computed overwrites it.
 
+    ``early`` (bool ``[N]``): rows that an earlier forward has computed for good, see :class:`EarlyRows`.
+
     ``on_layer(layer_id, keys, values)`` is given each layer when it is final, which is then let go. With ``last_layer``
     only KV is wanted, up to that layer: the forward stops when it is in place.
     """
@@ -142,14 +145,19 @@ class Recompute(BlendForward):
         max_rows: int | None = None,
         on_layer: OnLayer | None = None,
         last_layer: int | None = None,
+        early: torch.Tensor | None = None,
     ) -> None:
         super().__init__(batch, kv, computed, max_rows)
         self._on_layer = on_layer
         self._last_layer = last_layer
+        self._early = {} if early is None else {piece: EarlyRows(piece, early) for piece in self.pieces}
 
     def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
-        self.kv.correct(layer, piece.rows, fresh.k, fresh.v, piece.covers, piece.memo)
-        layer.write(piece.rows, fresh.k, fresh.v)
+        rows, k, v = piece.rows, fresh.k, fresh.v
+        if (early := self._early.get(piece)) is not None:
+            rows, k, v = early.joined(layer, k, v)
+        self.kv.correct(layer, rows, k, v, piece.covers, piece.memo)
+        layer.write(rows, k, v)
         if layer.layer_id == self._last_layer:
             self.leave(piece, layer)
             raise StopForward
@@ -208,6 +216,9 @@ class ScoreAttention(BlendForward):
 
     Who looks: the computed rows among the last ``span`` of a prompt. ``received`` is float32 ``[N]``, averaged over
     ``layers`` once the forward has run.
+
+    With ``correct_up_to`` the computed rows are there to stay: up to that layer, the model's last, others are corrected
+    by them.
     """
 
     def __init__(
@@ -219,20 +230,28 @@ class ScoreAttention(BlendForward):
         span: int,
         layers: Sequence[int],
         heads: HeadReduction,
+        correct_up_to: int | None = None,
         max_rows: int | None = None,
     ) -> None:
         super().__init__(batch, kv, computed, max_rows)
         self._span = span
         self._layers = frozenset(layers)
-        self._last_layer = max(layers)
+        self._corrects = correct_up_to is not None
+        self._last_layer = max(layers) if correct_up_to is None else correct_up_to
         self._heads = heads
         self._query_masks: dict[tuple[Piece, int | None], list[QueryMask]] = {}
         self._received: torch.Tensor | None = None
 
     def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
+        if self._corrects:
+            self.kv.correct(layer, piece.rows, fresh.k, fresh.v, piece.covers, piece.memo)
         layer.write(piece.rows, fresh.k, fresh.v)
-        if layer.layer_id not in self._layers:
-            return
+        if layer.layer_id in self._layers:
+            self._look(piece, layer, fresh)
+        if layer.layer_id == self._last_layer:
+            raise StopForward
+
+    def _look(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
         asking_parts = [
             (part, asking) for part in piece.parts if (asking := self._asking(piece, part)).start < asking.stop
         ]
@@ -249,8 +268,6 @@ class ScoreAttention(BlendForward):
             # Where pieces cut the end of a prompt, each asks for its share.
             share = (asking.stop - asking.start) / self._num_asking(part)
             self._received[part.keys] += share / len(self._layers) * score
-        if layer.layer_id == self._last_layer:
-            raise StopForward
 
     def group(self, layer_id: int) -> Hashable | None:
         return None if layer_id == self._last_layer else layer_id in self._layers

@@ -63,6 +63,11 @@ class LayerKV:
         self.values.index_copy_(0, at, v)
         self._fresh[rows] = True
 
+    def held(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of K and V of ``rows`` (int64 ``[n]``, on the CPU), ``[n, kv_heads, dim]`` each."""
+        at = rows.to(self.keys.device)
+        return self.keys.index_select(0, at), self.values.index_select(0, at)
+
     def attention(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
         """Of ``q`` over the rows ``keys``, those of one prompt: :func:`lmcache.blend.attention.sparse_attention`."""
         return sparse_attention(q, self.keys[keys], self.values[keys], mask, **scoring._asdict())
@@ -170,8 +175,8 @@ class BatchKV:
         covers: tuple[int, int],
         memo: Memo,
     ) -> None:
-        """Let the corrector move what is not recomputed of the batch's rows ``covers``. Each row once a layer: by then
-        it has its final content, unless it is computed again.
+        """Let the corrector move what is not recomputed of the batch's rows ``covers``. Each row once a layer, until
+        :meth:`correct_again`: by then it has its final content, unless it is computed again.
 
         A passage that reaches over the ends of ``covers`` counts as one there and another here. ``memo`` is that of
         ``rows``.
@@ -189,6 +194,11 @@ class BatchKV:
         with Range("correct"):
             self.correct_spans(layer, rows, k, v, spans, memo)
         self.seconds["correct"] += time.perf_counter() - start
+
+    def correct_again(self) -> None:
+        """What was corrected is to be corrected once more, by rows that are computed from now on."""
+        for layer in self._layers.values():
+            layer.corrected_to = 0
 
     def _spans_to_correct(self, rows: torch.Tensor, first: int, end: int) -> tuple[tuple[int, int], ...]:
         """The moved spans within rows ``[first, end)``; none where ``rows`` are all that is reusable there."""

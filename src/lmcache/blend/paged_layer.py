@@ -134,6 +134,9 @@ class PagedLayer(LayerKV):
         write(dense_heads(k), dense_heads(v), self._sent.writable(rows), self.kv)
         self._written.append(rows)
 
+    def held(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.read(self._sent.rows(rows))
+
     def attention(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
         from lmcache.kernels.sparse_attention import sparse_attention
 

@@ -17,7 +17,9 @@ DeviationTensor = Literal["k", "v", "kv"]
 class Probe(Protocol):
     """Looks into the model for a policy. Each call runs (part of) a forward; what that costs is charged."""
 
-    def attention_received(self, *, span: int, layers: Sequence[int] | None, heads: HeadReduction) -> torch.Tensor:
+    def attention_received(
+        self, *, span: int, layers: Sequence[int] | None, heads: HeadReduction, computed: torch.Tensor | None
+    ) -> torch.Tensor:
         """See :meth:`SelectionContext.attention_received`."""
 
     def deviation(self, layer: int, tensor: DeviationTensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -47,14 +49,23 @@ class SelectionContext:
         return len(self.reusable)
 
     def attention_received(
-        self, *, span: int, layers: Sequence[int] | None = None, heads: HeadReduction = "mean"
+        self,
+        *,
+        span: int,
+        layers: Sequence[int] | None = None,
+        heads: HeadReduction = "mean",
+        computed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention that each row gets from the forced ones among the last ``span`` of its prompt, float32 ``[N]``.
 
         Averaged over these queries and over ``layers`` (None: all), and over heads or maximised over them. The queries
         look at the moved, uncorrected KV. The idea is ProphetKV's.
+
+        ``computed`` (bool ``[N]``): rows that are chosen whatever the scores will be. Where the forward computes all
+        new rows anyway, it computes these for good and has the others corrected by them; the queries look at corrected
+        KV then. They must be among what is selected in the end.
         """
-        return self.probe.attention_received(span=span, layers=layers, heads=heads)
+        return self.probe.attention_received(span=span, layers=layers, heads=heads, computed=computed)
 
     def deviation(self, layer: int, tensor: DeviationTensor = "v", rows: torch.Tensor | None = None) -> torch.Tensor:
         """How far fresh K or V of a layer is from the moved one: sum of squares over heads and dims, float32 ``[N]``.

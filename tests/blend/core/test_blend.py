@@ -319,6 +319,78 @@ def test_the_question_is_asked_only_as_deep_as_it_is_scored():
     assert depth == [0, 1, 0, 1, 2, 3]
 
 
+class Early(SelectionPolicy):
+    """Some rows are chosen before it looks, others by what it sees."""
+
+    name = "early"
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = list(rows)
+
+    def select(self, context: SelectionContext) -> torch.Tensor:
+        early = torch.zeros_like(context.forced)
+        early[self.rows] = True
+        return context.choose(context.attention_received(span=4, layers=[1], computed=early), already=early)
+
+
+def corrected(layers: Sequence[LayerKVPair], rows: torch.Tensor) -> list[LayerKVPair]:
+    """What :class:`AddOne` makes of them."""
+    return [LayerKVPair(pair.k + rows[:, None, None].to(pair.k.dtype), pair.v) for pair in layers]
+
+
+@pytest.mark.parametrize("max_rows", [None, 7])
+def test_what_is_computed_while_a_policy_looks_stays_and_is_not_computed_again(max_rows: int | None) -> None:
+    ids, prompt = two_passages()
+    early = [8, 16, 32]
+    host = TinyHost(MODEL, [ids])
+    corrector = AddOne()
+    result = blend(host, [prompt], ROPES, Early(early), corrector, max_rows=max_rows)
+    new = torch.nonzero(prompt.plan.forced())[:, 0].tolist()
+    chosen = [token for r in result.plans[0].selected for token in range(*r)]
+    assert len(chosen) == 9  # the budget counts both
+    late = sorted({*new, *chosen} - {*early})
+    assert set(early) < set(chosen)
+    forwards = torch.cat(host.forwards).tolist()
+    assert forwards == sorted({*new, *early}) + late
+
+    # By definition: two forwards, the second over what the first has left. Both correct what nobody computes.
+    reusable = prompt.plan.reusable()
+    computed = torch.zeros(len(ids), dtype=torch.bool)
+    computed[[*new, *early]] = True
+    _, first = MODEL.blend(ids, computed, corrected(moved(ids, prompt), reusable))
+    not_early = reusable.clone()
+    not_early[early] = False
+    computed[:] = False
+    computed[late] = True
+    logits, kv = MODEL.blend(ids, computed, corrected(first, not_early))
+    torch.testing.assert_close(result.output[0], logits, rtol=1e-8, atol=1e-8)
+    for layer, pair in enumerate(kv):
+        torch.testing.assert_close(result.keys[layer], pair.k, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(result.values[layer], pair.v, rtol=1e-8, atol=1e-8)
+    if max_rows is None:
+        first_seen = [(layer, len(new) + len(early)) for layer in range(LAYERS)]
+        then_seen = [(layer, len(late) + len(early)) for layer in range(LAYERS)]
+        assert corrector.seen == [*first_seen, *then_seen]
+    assert result.charged_budgets[0] == pytest.approx(9 / 36)
+
+
+def test_nothing_is_computed_early_where_new_tokens_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would not see them, and be wrong for good."""
+    monkeypatch.setattr("lmcache.blend.blend_pass._MAX_SCORING_ROWS", 9)
+    monkeypatch.setattr("lmcache.blend.blend_pass._SCORING_HEAD_ROWS", 3)
+    ids, prompt = two_passages()
+    corrector = AddOne()
+    host = TinyHost(MODEL, [ids])
+    result = blend(host, [prompt], ROPES, Early([8, 16]), corrector)
+    assert host.forwards[0].tolist() == [0, 1, 2, 44, 45, 46, 47, 48, 49]
+    assert corrector.seen == [(layer, 14 + 9) for layer in range(LAYERS)]
+    computed = torch.zeros(len(ids), dtype=torch.bool)
+    for r in result.plans[0].ranges():
+        computed[r.start : r.end] = r.reason.computed
+    logits, _ = MODEL.blend(ids, computed, corrected(moved(ids, prompt), prompt.plan.reusable()))
+    torch.testing.assert_close(result.output[0], logits, rtol=1e-8, atol=1e-8)
+
+
 def test_the_corrector_sees_each_layer_once_and_never_changes_what_is_computed_or_exact():
     ids, prompt = two_passages()
     corrector = AddOne()

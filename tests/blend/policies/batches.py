@@ -35,9 +35,14 @@ class FakeProbe:
     deviations: dict[int, torch.Tensor]
     asked: list[dict[str, object]] = field(default_factory=list)
     looked_at: list[torch.Tensor] = field(default_factory=list)
+    computed: list[torch.Tensor] = field(default_factory=list)
 
-    def attention_received(self, *, span: int, layers: Sequence[int] | None, heads: HeadReduction) -> torch.Tensor:
+    def attention_received(
+        self, *, span: int, layers: Sequence[int] | None, heads: HeadReduction, computed: torch.Tensor | None
+    ) -> torch.Tensor:
         self.asked.append({"span": span, "layers": layers if layers is None else list(layers), "heads": heads})
+        if computed is not None:
+            self.computed.append(computed.clone())
         return self.attention.clone()
 
     def deviation(self, layer: int, tensor: DeviationTensor, rows: torch.Tensor | None) -> torch.Tensor:

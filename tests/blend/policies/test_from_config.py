@@ -85,7 +85,7 @@ def test_correctors() -> None:
     [
         ({"blend_policy": "kv"}, "unknown selection policy 'kv': must be one of none, "),
         ({"extra_config": {"blend_policy_options": [1]}}, r"extra_config\['blend_policy_options'\]=\[1\]: must be"),
-        ({"extra_config": {"blend_policy_options": {"k": 1}}}, "its options: share, span, layers, heads"),
+        ({"extra_config": {"blend_policy_options": {"k": 1}}}, "its options: sample, at_most, span, layers, heads"),
     ],
 )
 def test_a_bad_policy_is_refused_in_words(values: dict[str, object], message: str) -> None:

@@ -177,16 +177,41 @@ class TestQueryAttentionOfAPartOfTheDepth(PolicyConformance):
 
 class TestSampledAttention(PolicyConformance):
     policy_name = "sampled_attention"
-    options: ClassVar = {"share": 0.1}
 
     def test_evenly_spaced_tokens_and_the_most_attended_others(self) -> None:
-        context = context_of(Prompt((("moved", 30), ("new", 5), ("moved", 20), ("new", 1)), ratio=0.14))
+        context = context_of(Prompt((("moved", 30), ("new", 5), ("moved", 20), ("new", 1)), ratio=0.2))
         probe_of(context).attention[:] = torch.arange(56)
-        assert chosen_rows(context, self.select(context)) == [4, 14, 24, 39, 49, 53, 54]
+        assert chosen_rows(context, self.select(context)) == [4, 14, 24, 39, 49, 50, 51, 52, 53, 54]
 
-    def test_a_ratio_below_the_share_spaces_them_wider(self) -> None:
-        context = context_of(Prompt((("moved", 30), ("new", 5), ("moved", 20), ("new", 1)), ratio=0.06))
-        assert chosen_rows(context, self.select(context)) == [8, 24, 43]
+    def test_a_smaller_ratio_spaces_them_wider(self) -> None:
+        context = context_of(Prompt((("moved", 30), ("new", 5), ("moved", 20), ("new", 1)), ratio=0.12))
+        probe_of(context).attention[:] = torch.arange(56)
+        assert chosen_rows(context, self.select(context)) == [8, 24, 43, 52, 53, 54]
+
+    def test_a_larger_ratio_goes_to_what_is_looked_at(self) -> None:
+        context = context_of(Prompt((("moved", 30), ("new", 1)), ratio=0.5))
+        probe_of(context).attention[:] = torch.arange(31)
+        assert chosen_rows(context, self.select(context)) == [4, 14, *range(17, 30)]
+
+    def test_the_even_sample_is_computed_while_it_looks(self) -> None:
+        context = context_of(Prompt((("moved", 30), ("new", 5), ("moved", 20), ("new", 1)), ratio=0.2))
+        self.select(context)
+        (early,) = probe_of(context).computed
+        assert torch.nonzero(early)[:, 0].tolist() == [4, 14, 24, 39, 49]
+
+    def test_what_is_computed_whole_is_not_computed_early(self) -> None:
+        """Early rows see neighbours that are only corrected, and a ratio of 1 is to be a full prefill."""
+        passage = Prompt((("moved", 30), ("new", 1)), ratio=1.0)
+        context = context_of(passage, Prompt(passage.parts, ratio=0.2))
+        self.select(context)
+        (early,) = probe_of(context).computed
+        assert not bool(early[:31].any())
+        assert int(early[31:].sum()) == 3
+
+    def test_a_budget_of_no_token_computes_none_early(self) -> None:
+        context = context_of(Prompt((("moved", 30), ("new", 1)), ratio=0.01))
+        self.select(context)
+        assert probe_of(context).computed == []
 
 
 class TestLastTokens(PolicyConformance):
@@ -251,8 +276,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         ("query_attention", {"layers": (0.5, 0.2)}, "two that rise within 0.0 … 1.0"),
         ("query_attention", {"layers": (0.5, 1.2)}, "two that rise within 0.0 … 1.0"),
         ("query_attention", {"layers": (0.5,)}, "two that rise within 0.0 … 1.0"),
-        ("sampled_attention", {"share": 0.0}, "share=0.0: must be above 0 .*take policy 'query_attention'"),
-        ("sampled_attention", {"share": 2}, "share=2: must be above 0 and at most 1"),
+        ("sampled_attention", {"sample": 0.0}, "sample=0.0: must be above 0 .*take policy 'query_attention'"),
+        ("sampled_attention", {"at_most": 2}, "at_most=2: must be above 0 and at most 1"),
         ("query_attention", {"layers": []}, "name at least one layer, or give None"),
         ("query_attention", {"heads": "median"}, "heads='median': must be one of mean, max"),
         ("hybrid", {"k": 0}, "k=0: must be at least 1.*take policy 'query_attention'"),

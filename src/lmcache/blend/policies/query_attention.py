@@ -37,9 +37,12 @@ class QueryAttentionPolicy(SelectionPolicy):
     def select(self, context: SelectionContext) -> torch.Tensor:
         return context.choose(self.scores(context))
 
-    def scores(self, context: SelectionContext) -> torch.Tensor:
-        """float32 ``[N]``; zeros, without a look into the model, where there is nothing to decide."""
+    def scores(self, context: SelectionContext, computed: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 ``[N]``; zeros, without a look into the model, where there is nothing to decide.
+
+        ``computed``: see :meth:`SelectionContext.attention_received`.
+        """
         layers = chosen_layers(self._layers, context.num_layers)
         if not bool(undecided(context).any()):
             return torch.zeros(context.num_rows)
-        return context.attention_received(span=self._span, layers=layers, heads=self._heads)
+        return context.attention_received(span=self._span, layers=layers, heads=self._heads, computed=computed)

@@ -7,6 +7,7 @@ import torch
 from lmcache.blend.policies.interface import SelectionPolicy
 from lmcache.blend.policies.layer_choice import LayerChoice
 from lmcache.blend.policies.query_attention import QueryAttentionPolicy
+from lmcache.blend.policies.undecided import undecided
 from lmcache.blend.selection import HeadReduction, SelectionContext
 
 
@@ -14,10 +15,12 @@ class SampledAttentionPolicy(SelectionPolicy):
     """Spends a part of the ratio's budget on evenly spaced tokens, the rest as :class:`QueryAttentionPolicy` does.
 
     Tokens that draw attention stand in clusters and are outliers, so by themselves they are a biased sample of how K
-    and V of their passage change. A corrector goes by that sample; the evenly spaced tokens are what makes it fair.
+    and V of their passage change. The evenly spaced tokens are a fair one. They are known beforehand, so they are
+    computed together with the tokens that look, while KV is still on its way, and a corrector goes by them alone.
 
     Args:
-        share: of the reused tokens that are evenly spaced, 0 … 1; no more than the ratio.
+        sample: the share of the budget that goes to evenly spaced tokens, above 0 and at most 1.
+        at_most: of the reused tokens; what a larger ratio allows beyond goes to those that are looked at.
 
     Other arguments are those of :class:`QueryAttentionPolicy`.
     """
@@ -26,25 +29,33 @@ class SampledAttentionPolicy(SelectionPolicy):
 
     def __init__(
         self,
-        share: float = 0.02,
+        sample: float = 0.5,
+        at_most: float = 0.1,
         span: int = 8,
         layers: LayerChoice = "late",
         heads: HeadReduction = "mean",
     ) -> None:
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share}: must be above 0 and at most 1; for none take policy 'query_attention'")
-        self._share = share
+        for option, value in (("sample", sample), ("at_most", at_most)):
+            if not 0 < value <= 1:
+                raise ValueError(
+                    f"{option}={value}: must be above 0 and at most 1; for none take policy 'query_attention'"
+                )
+        self._sample = sample
+        self._at_most = at_most
         self._attention = QueryAttentionPolicy(span, layers, heads)
 
     def select(self, context: SelectionContext) -> torch.Tensor:
-        sample = context.choose(torch.zeros(context.num_rows), within=self._evenly_spaced(context))
-        return context.choose(self._attention.scores(context), already=sample)
+        spaced = self._evenly_spaced(context) & undecided(context)
+        sample = context.choose(torch.zeros(context.num_rows), within=spaced)
+        early = sample & ~context.forced
+        scores = self._attention.scores(context, early if bool(early.any()) else None)
+        return context.choose(scores, already=sample)
 
     def _evenly_spaced(self, context: SelectionContext) -> torch.Tensor:
-        """bool ``[N]``: one token in the middle of every ``1 / share`` of a passage."""
+        """bool ``[N]``: one token in the middle of every so many of a passage."""
         shares = torch.zeros(context.num_rows, dtype=torch.float64)
         for (start, end), ratio in zip(context.prompts, context.ratios, strict=True):
-            shares[start:end] = min(self._share, ratio)
+            shares[start:end] = min(self._sample * ratio, self._at_most)
         spaced = torch.zeros(context.num_rows, dtype=torch.bool)
         for start, end in context.spans:
             until = torch.arange(end - start + 1) * shares[start] + 0.5
