@@ -51,7 +51,7 @@ class Repeats:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def record(self, work: Callable[[], torch.Tensor]) -> Recording | None:
+    def record(self, work: Callable[[], torch.Tensor | None]) -> Recording | None:
         self.recorded += 1
         if DEVICE.type == "cuda":
             graph = _recorder().record(work)
@@ -63,17 +63,17 @@ class Repeats:
 
 
 class _Repeat:
-    def __init__(self, counts: Repeats, work: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, counts: Repeats, work: Callable[[], torch.Tensor | None]) -> None:
         self._counts = counts
         self._work = work
 
-    def replay(self) -> torch.Tensor:
+    def replay(self) -> torch.Tensor | None:
         self._counts.replayed += 1
         return self._work()
 
 
 class Refuses:
-    def record(self, work: Callable[[], torch.Tensor]) -> Recording | None:
+    def record(self, work: Callable[[], torch.Tensor | None]) -> Recording | None:
         return None
 
     def forget(self) -> None: ...
@@ -182,14 +182,23 @@ def test_a_corrector_that_does_not_say_so_is_not_replayed() -> None:
     assert counts.recorded == 0
 
 
-def test_the_engines_own_attention_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engines_own_attention_is_called_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes by pages; what comes before it is replayed all the same."""
     for name, value in (("RUN_TOKENS", 16), ("_MIN_QUERIES", 16), ("_MIN_KEYS", 40), ("_MIN_PAIRS", 0)):
         monkeypatch.setattr(dense_runs, name, value)
     monkeypatch.setattr(paged_layer, "RUN_TOKENS", 16)
+    calls: list[int] = []
+
+    def counted(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        return dense(*args)
+
     counts = Repeats()
-    ours = blended(LAYOUTS[0], counts, policy="full", dense=dense)
-    assert counts.recorded == 0
-    assert same(ours, blended(LAYOUTS[0], None, policy="full", dense=dense))
+    ours = blended(LAYOUTS[0], counts, policy="full", dense=counted)
+    assert counts.replayed > counts.recorded > 0
+    plain_calls, calls[:] = len(calls), []
+    assert same(ours, blended(LAYOUTS[0], None, policy="full", dense=counted))
+    assert plain_calls == len(calls) > 0
 
 
 def test_layers_that_do_not_lie_alike_are_not_replayed() -> None:

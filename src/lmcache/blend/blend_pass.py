@@ -11,13 +11,14 @@ import torch
 
 from lmcache.blend.batch import BlendBatch, BlendPrompt
 from lmcache.blend.correctors.interface import Corrector
-from lmcache.blend.forwards import MeasureDeviation, OnLayer, Recompute, ScoreAttention
+from lmcache.blend.forwards import MeasureDeviation, OnLayer, Recompute
 from lmcache.blend.host import BlendHost
 from lmcache.blend.layer_kv import BatchKV, PromptLoadError
 from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.plan import BlendPlan
 from lmcache.blend.policies.interface import SelectionPolicy
 from lmcache.blend.rope import FusedRope
+from lmcache.blend.score_attention import ScoreAttention
 from lmcache.blend.selection import DeviationTensor, HeadReduction, SelectionContext
 from lmcache.observability.ranges import Range
 
@@ -137,13 +138,13 @@ class _Blend(Generic[Output]):
         )
         planned = time.perf_counter()
         before = self._moving()
-        last_layer = self._host.num_layers - 1 if kv_only else None
+        ends_at = self._host.num_layers - 1 if kv_only else None
         with Range("recompute"):
             early = self._early if bool(self._early.any()) else None
             late = computed & ~self._early
             if early is not None:
                 self._kv.correct_again()
-            forward = Recompute(self._batch, self._kv, late, self._max_rows, on_layer, last_layer, early)
+            forward = Recompute(self._batch, self._kv, late, self._max_rows, on_layer, ends_at, early)
             output = forward.run(self._host)
         assert kv_only or output is not None, "the host stopped a forward that nobody asked it to stop"
         recompute = time.perf_counter() - planned - (self._moving() - before)

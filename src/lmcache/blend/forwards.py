@@ -7,19 +7,19 @@ an earlier forward computed stays in the KV, so a later one finds the layers tha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
-from lmcache.blend.attention import QueryMask, Scoring
+from lmcache.blend.attention import Scoring
 from lmcache.blend.batch import BlendBatch
 from lmcache.blend.early_rows import EarlyRows
 from lmcache.blend.host import BlendHost, StopForward
 from lmcache.blend.layer_kv import BatchKV, LayerKV
-from lmcache.blend.pieces import Part, Piece, cut_rows
-from lmcache.blend.selection import DeviationTensor, HeadReduction
+from lmcache.blend.pieces import Piece, cut_rows
+from lmcache.blend.selection import DeviationTensor
 
 Output = TypeVar("Output")
 
@@ -43,13 +43,26 @@ class Fresh(NamedTuple):
 class BlendForward(ABC):
     """One forward over the rows that are True in ``computed`` (bool ``[N]``).
 
+    ``alike``: :meth:`take` does the same in every layer.
+
     With ``max_rows`` it is run in pieces of at most so many rows, in order: a row looks at nothing behind it, so a
     later piece finds all that it needs.
     """
 
-    def __init__(self, batch: BlendBatch, kv: BatchKV, computed: torch.Tensor, max_rows: int | None = None) -> None:
+    alike: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        batch: BlendBatch,
+        kv: BatchKV,
+        computed: torch.Tensor,
+        max_rows: int | None = None,
+        ends_at: int | None = None,
+    ) -> None:
+        """``ends_at``: the layer of which no attention is wanted, and nothing behind it; None: none."""
         self.batch = batch
         self.kv = kv
+        self.ends_at = ends_at
         # Rows that are neither computed nor reused mean nothing, and are not looked at.
         known = computed | batch.reusable | batch.exact
         rows = torch.nonzero(computed)[:, 0]
@@ -91,23 +104,23 @@ class BlendForward(ABC):
         """See :class:`lmcache.blend.host.Attend`."""
         layer = self.kv.layer(layer_id, k, v)
         fresh = Fresh(q, k, v, Scoring(scale, softcap, sinks), sliding_window)
-
-        def work(layer: LayerKV) -> torch.Tensor:
-            self.take(piece, layer, fresh)
-            return self._attention(piece, layer, fresh)
-
-        group = self.group(layer_id)
-        if group is None or sinks is not None or len(q) > _MOST_ALIKE_ROWS:
-            out = work(layer)
+        take, attention = partial(self.take, piece, fresh), partial(self._attention, piece, fresh)
+        if layer_id == self.ends_at:
+            take(layer)
+            self.leave(piece, layer, fresh)
+            raise StopForward
+        if not self.alike or sinks is not None or len(q) > _MOST_ALIKE_ROWS:
+            take(layer)
+            out = attention(layer)
         else:
             # Kernels are given addresses: work is alike only where the fresh rows lie in the same memory.
             where = [(x.data_ptr(), x.stride()) for x in (q, k, v)]
-            kind = (piece.number, group, scale, sliding_window, softcap, *where)
-            out = self.kv.run_alike(kind, layer, work)
-        self.leave(piece, layer)
+            kind = (piece.number, scale, sliding_window, softcap, *where)
+            out = self.kv.run_alike(kind, layer, take, attention)
+        self.leave(piece, layer, fresh)
         return out
 
-    def _attention(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> torch.Tensor:
+    def _attention(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> torch.Tensor:
         q, masks = fresh.q, piece.masks(fresh.sliding_window, fresh.q.device)
         if len(piece.parts) == 1:
             return layer.attention(q, piece.parts[0].keys, masks[0], fresh.scoring)
@@ -117,15 +130,11 @@ class BlendForward(ABC):
         return out
 
     @abstractmethod
-    def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
-        """Put the fresh rows into ``layer`` and look at what this forward is run for, before its attention."""
+    def take(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:
+        """Put the fresh rows into ``layer``, before its attention."""
 
-    def group(self, layer_id: int) -> Hashable | None:
-        """Layers of one group are treated alike; None: this one by itself."""
-        return None
-
-    def leave(self, piece: Piece, layer: LayerKV) -> None:  # noqa: B027 - most forwards have nothing to do
-        """The attention of ``layer`` is computed for ``piece``."""
+    def leave(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:  # noqa: B027 - some have nothing to do
+        """``layer`` is as it will be seen by what comes: look at what this forward is run for."""
 
 
 class Recompute(BlendForward):
@@ -133,8 +142,7 @@ class Recompute(BlendForward):
 
     ``early`` (bool ``[N]``): rows that an earlier forward has computed for good, see :class:`EarlyRows`.
 
-    ``on_layer(layer_id, keys, values)`` is given each layer when it is final, which is then let go. With ``last_layer``
-    only KV is wanted, up to that layer: the forward stops when it is in place.
+    ``on_layer(layer_id, keys, values)`` is given each layer when it is final, which is then let go.
     """
 
     def __init__(
@@ -144,58 +152,50 @@ class Recompute(BlendForward):
         computed: torch.Tensor,
         max_rows: int | None = None,
         on_layer: OnLayer | None = None,
-        last_layer: int | None = None,
+        ends_at: int | None = None,
         early: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(batch, kv, computed, max_rows)
+        super().__init__(batch, kv, computed, max_rows, ends_at)
         self._on_layer = on_layer
-        self._last_layer = last_layer
         self._early = {} if early is None else {piece: EarlyRows(piece, early) for piece in self.pieces}
 
-    def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
+    def take(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:
         rows, k, v = piece.rows, fresh.k, fresh.v
         if (early := self._early.get(piece)) is not None:
             rows, k, v = early.joined(layer, k, v)
         self.kv.correct(layer, rows, k, v, piece.covers, piece.memo)
         layer.write(rows, k, v)
-        if layer.layer_id == self._last_layer:
-            self.leave(piece, layer)
-            raise StopForward
 
-    def group(self, layer_id: int) -> Hashable | None:
-        return None if layer_id == self._last_layer else "recompute"
-
-    def leave(self, piece: Piece, layer: LayerKV) -> None:
+    def leave(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
         if self._on_layer is not None and piece.last:
             self._on_layer(layer.layer_id, layer.keys, layer.values)
             self.kv.let_go(layer)
 
 
 class MeasureDeviation(Recompute):
-    """Recomputes up to ``last_layer``, compares there, and stops. ``deviation`` is float32 ``[N]``, −inf elsewhere."""
+    """Recomputes up to layer ``ends_at`` and compares there. ``deviation`` is float32 ``[N]``, −inf elsewhere."""
+
+    alike = False
 
     def __init__(
         self,
         batch: BlendBatch,
         kv: BatchKV,
         computed: torch.Tensor,
-        last_layer: int,
+        ends_at: int,
         tensor: DeviationTensor,
         max_rows: int | None = None,
     ) -> None:
-        super().__init__(batch, kv, computed, max_rows, last_layer=last_layer)
+        super().__init__(batch, kv, computed, max_rows, ends_at=ends_at)
         self._tensor = tensor
         self.deviation = torch.full((batch.num_rows,), -torch.inf)
 
-    def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
+    def take(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:
         layer.measure(piece.rows, fresh.k, fresh.v)
-        super().take(piece, layer, fresh)
+        super().take(piece, fresh, layer)
 
-    def group(self, layer_id: int) -> Hashable | None:
-        return None
-
-    def leave(self, piece: Piece, layer: LayerKV) -> None:
-        if layer.layer_id == self._last_layer and piece.last:
+    def leave(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
+        if layer.layer_id == self.ends_at and piece.last:
             self._read(layer)
 
     def _read(self, layer: LayerKV) -> None:
@@ -209,78 +209,3 @@ class MeasureDeviation(Recompute):
                 # K and V differ in size: together, each counts in units of its own mean.
                 changes = [change / change.mean().clamp_min(1e-30) for change in changes]
             self.deviation[rows] = torch.stack(changes).sum(0)
-
-
-class ScoreAttention(BlendForward):
-    """Lets the end of each prompt look at the moved KV, and adds up what each row receives.
-
-    Who looks: the computed rows among the last ``span`` of a prompt. ``received`` is float32 ``[N]``, averaged over
-    ``layers`` once the forward has run.
-
-    With ``correct_up_to`` the computed rows are there to stay: up to that layer, the model's last, others are corrected
-    by them.
-    """
-
-    def __init__(
-        self,
-        batch: BlendBatch,
-        kv: BatchKV,
-        computed: torch.Tensor,
-        *,
-        span: int,
-        layers: Sequence[int],
-        heads: HeadReduction,
-        correct_up_to: int | None = None,
-        max_rows: int | None = None,
-    ) -> None:
-        super().__init__(batch, kv, computed, max_rows)
-        self._span = span
-        self._layers = frozenset(layers)
-        self._corrects = correct_up_to is not None
-        self._last_layer = max(layers) if correct_up_to is None else correct_up_to
-        self._heads = heads
-        self._query_masks: dict[tuple[Piece, int | None], list[QueryMask]] = {}
-        self._received: torch.Tensor | None = None
-
-    def take(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
-        if self._corrects:
-            self.kv.correct(layer, piece.rows, fresh.k, fresh.v, piece.covers, piece.memo)
-        layer.write(piece.rows, fresh.k, fresh.v)
-        if layer.layer_id in self._layers:
-            self._look(piece, layer, fresh)
-        if layer.layer_id == self._last_layer:
-            raise StopForward
-
-    def _look(self, piece: Piece, layer: LayerKV, fresh: Fresh) -> None:
-        asking_parts = [
-            (part, asking) for part in piece.parts if (asking := self._asking(piece, part)).start < asking.stop
-        ]
-        window = fresh.sliding_window
-        if (piece, window) not in self._query_masks:
-            self._query_masks[piece, window] = [
-                piece.mask(part, asking, window, fresh.q.device) for part, asking in asking_parts
-            ]
-        for (part, asking), mask in zip(asking_parts, self._query_masks[piece, window], strict=True):
-            by_head = layer.attention_received(fresh.q[asking], part.keys, mask, fresh.scoring)
-            score = by_head.mean(0) if self._heads == "mean" else by_head.amax(0)
-            if self._received is None:
-                self._received = torch.zeros(self.batch.num_rows, device=score.device)
-            # Where pieces cut the end of a prompt, each asks for its share.
-            share = (asking.stop - asking.start) / self._num_asking(part)
-            self._received[part.keys] += share / len(self._layers) * score
-
-    def group(self, layer_id: int) -> Hashable | None:
-        return None if layer_id == self._last_layer else layer_id in self._layers
-
-    @property
-    def received(self) -> torch.Tensor:
-        """On the CPU: the one time that an accelerator is waited for."""
-        return torch.zeros(self.batch.num_rows) if self._received is None else self._received.cpu()
-
-    def _asking(self, piece: Piece, part: Part) -> slice:
-        first = int(torch.searchsorted(piece.rows, part.keys.stop - self._span))
-        return slice(max(first, part.queries.start), part.queries.stop)
-
-    def _num_asking(self, part: Part) -> int:
-        end = part.keys.stop
-        return sum(int(((piece.rows >= end - self._span) & (piece.rows < end)).sum()) for piece in self.pieces)

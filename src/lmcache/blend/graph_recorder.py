@@ -18,14 +18,14 @@ logger = init_logger(__name__)
 class Recording(Protocol):
     """Recorded work."""
 
-    def replay(self) -> torch.Tensor:
-        """Queue it once more, on the current stream; what it gives is overwritten by the next replay."""
+    def replay(self) -> torch.Tensor | None:
+        """Queue it once more, on the current stream; what it gives, if anything, is overwritten by the next replay."""
 
 
 class WorkRecorder(Protocol):
     """Records the same memory being worked on again and again."""
 
-    def record(self, work: Callable[[], torch.Tensor]) -> Recording | None:
+    def record(self, work: Callable[[], torch.Tensor | None]) -> Recording | None:
         """``work``, which is not done yet; None: it cannot be recorded."""
 
     def forget(self) -> None:
@@ -33,11 +33,11 @@ class WorkRecorder(Protocol):
 
 
 class _Graph:
-    def __init__(self, graph: torch.cuda.CUDAGraph, out: torch.Tensor) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, out: torch.Tensor | None) -> None:
         self._graph = graph
         self._out = out
 
-    def replay(self) -> torch.Tensor:
+    def replay(self) -> torch.Tensor | None:
         self._graph.replay()
         return self._out
 
@@ -54,7 +54,7 @@ class GraphRecorder:
         # Memory stays with the pool for as long as any graph has some of it.
         self._first = self.record(lambda: torch.zeros(1, device=device))
 
-    def record(self, work: Callable[[], torch.Tensor]) -> Recording | None:
+    def record(self, work: Callable[[], torch.Tensor | None]) -> Recording | None:
         """See :class:`WorkRecorder`."""
         if not self._works:
             return None

@@ -161,10 +161,17 @@ class BatchKV:
                 )
             ours[start:end] = theirs[taken]
 
-    def run_alike(self, kind: Hashable, layer: LayerKV, work: Callable[[LayerKV], torch.Tensor]) -> torch.Tensor:
-        """``work(layer)``, of which all that waits for an accelerator is the same for the layers of one ``kind``. The
-        next call may overwrite the outcome."""
-        return work(layer)
+    def run_alike(
+        self,
+        kind: Hashable,
+        layer: LayerKV,
+        take: Callable[[LayerKV], None],
+        attention: Callable[[LayerKV], torch.Tensor],
+    ) -> torch.Tensor:
+        """``take(layer)``, then what ``attention(layer)`` gives: on an accelerator the same work for all layers of one
+        ``kind``. The next call may overwrite the outcome."""
+        take(layer)
+        return attention(layer)
 
     def correct(
         self,

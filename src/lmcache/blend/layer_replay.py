@@ -19,7 +19,8 @@ from lmcache.blend.paged_layer import PagedLayer
 if TYPE_CHECKING:
     from lmcache.kernels.kv_rows import KVRows
 
-LayerWork: TypeAlias = Callable[[PagedLayer], torch.Tensor]
+Take: TypeAlias = Callable[[PagedLayer], None]
+Attention: TypeAlias = Callable[[PagedLayer], torch.Tensor]
 
 Planes: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """K and V of a layer's pages."""
@@ -42,9 +43,8 @@ class LayerReplays:
         self._distances = distances
         self._first_layer = rows.offsets
         self._rows = replace(rows, offsets=rows.offsets.clone())
-        self._seen: set[Hashable] = set()
-        self._apart: set[Hashable] = set()
-        self._recorded: dict[Hashable, _Recorded] = {}
+        self._seen: dict[Hashable, bool] = {}  # whether attention can be recorded
+        self._recorded: dict[Hashable, _Recorded | None] = {}
 
     @classmethod
     def of(cls, recorder: WorkRecorder, planes: Sequence[Planes], rows: KVRows) -> LayerReplays | None:
@@ -54,40 +54,35 @@ class LayerReplays:
         recorder.forget()  # what the blend before has recorded
         return cls(recorder, found, rows) if len(found) == len(distances) else None
 
-    def run(self, kind: Hashable, layer: PagedLayer, work: LayerWork) -> torch.Tensor:
-        """``work`` on ``layer``. What it queues for any layer of this ``kind`` is the same but for the layer's pages.
+    def run(self, kind: Hashable, layer: PagedLayer, take: Take, attention: Attention) -> torch.Tensor:
+        """``take`` and ``attention`` on ``layer``. What they queue for any layer of this ``kind`` is the same but for
+        the layer's pages; the engine's own attention goes by pages, and is called in each layer.
 
         The outcome may be overwritten by the next call.
         """
         kind = kind, layer.corrected_to
+        # The first is not recorded: what is the same in all layers is made and sent then.
+        if kind in self._seen and kind not in self._recorded:
+            self._recorded[kind] = self._record(layer, take, attention if self._seen[kind] else None)
         recorded = self._recorded.get(kind)
         if recorded is None:
-            # The first is not recorded: what is the same in all layers is made and sent then.
-            if kind not in self._seen or kind in self._apart:
-                self._seen.add(kind)
-                return self._by_itself(kind, layer, work)
-            recorded = self._record(layer, work)
-            if recorded is None:
-                return self._by_itself(kind, layer, work)
-            self._recorded[kind] = recorded
+            take(layer)
+            outcome = attention(layer)
+            self._seen[kind] = not layer.used_engines_attention
+            return outcome
         torch.add(self._first_layer, self._distances[layer.layer_id], out=self._rows.offsets)
-        outcome = recorded.recording.replay()
+        replayed = recorded.recording.replay()
         layer.take_over(recorded.views[-1])
-        return outcome
+        return attention(layer) if replayed is None else replayed
 
-    def _by_itself(self, kind: Hashable, layer: PagedLayer, work: LayerWork) -> torch.Tensor:
-        outcome = work(layer)
-        if layer.used_engines_attention:  # it goes by pages, not by offsets
-            self._apart.add(kind)
-        return outcome
-
-    def _record(self, layer: PagedLayer, work: LayerWork) -> _Recorded | None:
+    def _record(self, layer: PagedLayer, take: Take, attention: Attention | None) -> _Recorded | None:
         corrected_to = layer.corrected_to
         views: list[PagedLayer] = []
 
-        def on_view() -> torch.Tensor:
+        def on_view() -> torch.Tensor | None:
             views.append(layer.at(self._rows, corrected_to))
-            return work(views[-1])
+            take(views[-1])
+            return None if attention is None else attention(views[-1])
 
         recording = self._recorder.record(on_view)
         return None if recording is None else _Recorded(recording, views)

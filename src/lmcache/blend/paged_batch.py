@@ -90,10 +90,18 @@ class PagedBatchKV(BatchKV):
         self._staged.done(layer_id)
         return layer
 
-    def run_alike(self, kind: Hashable, layer: LayerKV, work: Callable[[LayerKV], torch.Tensor]) -> torch.Tensor:
+    def run_alike(
+        self,
+        kind: Hashable,
+        layer: LayerKV,
+        take: Callable[[LayerKV], None],
+        attention: Callable[[LayerKV], torch.Tensor],
+    ) -> torch.Tensor:
         """See :meth:`lmcache.blend.layer_kv.BatchKV.run_alike`."""
         assert isinstance(layer, PagedLayer)
-        return work(layer) if self._replays is None else self._replays.run(kind, layer, work)
+        if self._replays is None:
+            return super().run_alike(kind, layer, take, attention)
+        return self._replays.run(kind, layer, take, attention)
 
     def _turns_of(self, rope: FusedRope | None) -> Turns | None:
         """How far each of the moved rows turns; layers with one rope share it."""
