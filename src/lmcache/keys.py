@@ -37,6 +37,8 @@ Tokens: TypeAlias = "Sequence[int] | torch.Tensor | npt.NDArray[np.integer]"
 
 _KeyT = TypeVar("_KeyT", bound="_Key")
 
+_UINT32 = np.dtype("<u4")
+
 
 class _Key(bytes):
     """Namespace id and digest. Bytes, so that hashing is cached and comparison is one ``memcmp``."""
@@ -190,7 +192,7 @@ def token_bytes(tokens: Tokens) -> bytes:
             raise ValueError(f"tokens must be a 1-D array of integers, got {tokens.dtype}")
         tokens = tokens.detach().cpu().numpy()
     if isinstance(tokens, np.ndarray):
-        return _checked_uint32(tokens).tobytes()
+        return token_array(tokens).tobytes()
     try:
         # Eight times as fast as numpy reads a list; a list alone as `*args` is unpacked without a copy in between,
         # which `struct.pack(format, *tokens)` would make.
@@ -200,16 +202,22 @@ def token_bytes(tokens: Tokens) -> bytes:
 
 
 def token_array(tokens: Tokens) -> npt.NDArray[np.uint32]:
-    """Token ids as an array; errors as in :func:`token_bytes`."""
-    return np.frombuffer(token_bytes(tokens), dtype="<u4")
+    """Token ids as an array that nobody changes, the same one where it is one already; errors as in
+    :func:`token_bytes`."""
+    if isinstance(tokens, np.ndarray):
+        if tokens.dtype == _UINT32 and tokens.ndim == 1 and not tokens.flags.writeable:
+            return tokens.astype(_UINT32, copy=False)
+        return _checked_uint32(tokens)
+    return np.frombuffer(token_bytes(tokens), dtype=_UINT32)
 
 
 def _checked_uint32(array: npt.NDArray[np.integer]) -> npt.NDArray[np.uint32]:
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"tokens must be a 1-D array of integers, got {array.dtype} of shape {array.shape}")
-    narrow = array.astype("<u4")
+    narrow = array.astype(_UINT32)
     if not np.array_equal(narrow, array):
         raise ValueError(f"token ids must be integers in 0 … 2³²−1, got {array.min()} … {array.max()}")
+    narrow.flags.writeable = False
     return narrow
 
 

@@ -48,13 +48,15 @@ class PrefixLease:
         self._objs: list[MemoryObj | None] = [None] * len(hits)
         self._promised = len(hits)
         self._arrived = 0
+        dropped: list[MemoryObj | None] = []
         for index, (_, spec, found) in enumerate(hits):
             if found.read is None:
-                self._arrive(index, spec, found.obj)
-            else:
+                dropped += self._take(index, spec, found.obj)
+        for index, (_, spec, found) in enumerate(hits):
+            if found.read is not None:
                 found.read.add_done_callback(partial(self._read_ended, index, spec))
         with self._changed:
-            dropped = self._shrink(self._promised)
+            dropped += self._shrink(self._promised)
         _give_back(dropped)
 
     @classmethod
@@ -116,6 +118,7 @@ class PrefixLease:
         """Be content with what has arrived: the lease is ready, and shorter if reads are still under way."""
         with self._changed:
             dropped = self._shrink(self._arrived)
+            self._changed.notify_all()
         _give_back(dropped)
 
     @contextmanager
@@ -160,18 +163,21 @@ class PrefixLease:
         self._arrive(index, spec, read.result())
 
     def _arrive(self, index: int, spec: KVSpec, obj: MemoryObj | None) -> None:
-        dropped: list[MemoryObj | None] = []
         with self._changed:
-            if self._released or index >= self._promised:
-                dropped = [obj]
-            elif obj is None or obj.spec != spec:
-                dropped = [obj, *self._shrink(index)]
-            else:
-                self._objs[index] = obj
-                while self._arrived < self._promised and self._objs[self._arrived] is not None:
-                    self._arrived += 1
-                self._changed.notify_all()
+            dropped = self._take(index, spec, obj)
+            self._changed.notify_all()
         _give_back(dropped)
+
+    def _take(self, index: int, spec: KVSpec, obj: MemoryObj | None) -> list[MemoryObj | None]:
+        """Keep what has arrived; gives the objects that are not needed any more."""
+        if self._released or index >= self._promised:
+            return [obj]
+        if obj is None or (obj.spec is not spec and obj.spec != spec):
+            return [obj, *self._shrink(index)]
+        self._objs[index] = obj
+        while self._arrived < self._promised and self._objs[self._arrived] is not None:
+            self._arrived += 1
+        return []
 
     def _is_ready(self) -> bool:
         return self._released or self._arrived >= self._promised
@@ -184,7 +190,6 @@ class PrefixLease:
         self._arrived = min(self._arrived, promised)
         dropped = self._objs[promised:]
         self._objs[promised:] = [None] * len(dropped)
-        self._changed.notify_all()
         return dropped
 
 

@@ -108,7 +108,7 @@ class LMCacheManager:
         catalog = None
         if on_disk and directory is not None:
             catalog = PassageCatalog(directory, disk_format(self.config))
-        return KnownPassages(self.config.chunk_size, self.storage.contains, catalog)
+        return KnownPassages(self.config.chunk_size, self.storage.contains, catalog, alive_each=self.storage.holds)
 
     def _foreign_directories(self) -> list[RankDirectory]:
         """Where this model's KV may lie that an engine with another number of ranks has kept."""

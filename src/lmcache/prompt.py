@@ -49,7 +49,7 @@ def cut(num_tokens: int, keys: Sequence[PrefixKey], chunk_size: int) -> list[Chu
     return [Chunk(key, i * chunk_size, min((i + 1) * chunk_size, num_tokens)) for i, key in enumerate(keys)]
 
 
-def placed_chunks(namespace: Namespace, tokens: Sequence[int], start: int, end: int, chunk_size: int) -> list[Chunk]:
+def placed_chunks(namespace: Namespace, tokens: Tokens, start: int, end: int, chunk_size: int) -> list[Chunk]:
     """Chunks of ``tokens[start:end]`` that are found by themselves, where they stand in no prefix of whole chunks."""
     ranges = [(first, min(first + chunk_size, end)) for first in range(start, end, chunk_size)]
     return [Chunk(placed_segment_key(namespace, tokens[first:last], first), first, last) for first, last in ranges]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lmcache.blend import staged_layers
 from lmcache.blend.batch import PlacedSpan
-from lmcache.blend.chunk_source import ChunkSource
+from lmcache.blend.chunk_source import ChunkSource, DenseChunk
 from lmcache.blend.plan import ReusedSpan
 from lmcache.blend.staged_layers import StagedLayers, StagingRing
 from lmcache.memory.device_copy import Addresses
@@ -26,8 +26,8 @@ class Chunks(ChunkSource):
         self.parts = parts
         self.num_tokens = self.length = sum(count for _, _, count in parts)
 
-    def dense_chunks(self) -> list[tuple[torch.Tensor, int, int]]:
-        return self.parts
+    def dense_chunks(self) -> list[DenseChunk]:
+        return [DenseChunk(chunk.data_ptr(), chunk.shape[2], first, count) for chunk, first, count in self.parts]
 
 
 class Event:

@@ -22,6 +22,16 @@ class ChunkPart(NamedTuple):
     num_tokens: int
 
 
+class DenseChunk(NamedTuple):
+    """``num_tokens`` tokens, from its token ``offset`` on, of a chunk ``[layers, 2, chunk_tokens, heads, dim]`` at
+    ``address``."""
+
+    address: int
+    chunk_tokens: int
+    offset: int
+    num_tokens: int
+
+
 class ChunkSource:
     """A passage that lies in parts of consecutive chunks; a :class:`lmcache.blend.kv_source.PrefetchingSource`.
 
@@ -71,12 +81,11 @@ class ChunkSource:
                 at += count
         return True
 
-    def dense_chunks(self) -> Sequence[tuple[torch.Tensor, int, int]] | None:
-        """Each part's chunk ``[layers, 2, tokens, heads, dim]``, its first token and their number; None where chunks
-        do not lie so."""
-        if any(part.obj.spec.layout != TOKEN_MAJOR or part.obj.spec.shape[1] != 2 for part in self._chunks):
+    def dense_chunks(self) -> list[DenseChunk] | None:
+        """None where chunks do not lie so."""
+        if any(obj.spec.layout != TOKEN_MAJOR or obj.spec.shape[1] != 2 for obj, _, _ in self._chunks):
             return None
-        return [(part.obj.tensor, part.offset, part.num_tokens) for part in self._chunks]
+        return [DenseChunk(obj.address, obj.spec.num_tokens, at, count) for obj, at, count in self._chunks]
 
     def _fits(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
         planes = self._parts[0][0]

@@ -25,7 +25,7 @@ def choose_passages(
 ) -> list[HeldPassage] | Declined:
     """The passages to blend the tokens ``[exact_tokens, end)`` with."""
     passages = found.held(exact_tokens, end, config.blend_min_tokens)
-    reused = int(covered(passages, end).sum())
+    reused = int(np.count_nonzero(covered(passages, end)))
     # A few tokens behind an exact prefix, the end of a prompt asked again, say, are computed sooner than blended.
     if reused < config.blend_min_tokens:
         return Declined("no_passage", f"no known passage of {config.blend_min_tokens} tokens or more")
@@ -49,5 +49,5 @@ def holes(passages: Sequence[HeldPassage], exact_tokens: int, num_tokens: int) -
     """Half-open ranges behind the exact tokens that no passage has."""
     free = ~covered(passages, num_tokens)
     free[:exact_tokens] = False
-    edges = np.flatnonzero(np.diff(free.astype(np.int8), prepend=0, append=0))
-    return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
+    edges = np.flatnonzero(np.diff(free, prepend=False, append=False)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))

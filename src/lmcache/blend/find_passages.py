@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from lmcache.keys import CacheKey, Namespace, Tokens, token_array
 from lmcache.segmentation.anchors import WINDOW
 from lmcache.segmentation.explicit import explicit_passages
 from lmcache.segmentation.known_passages import KnownPassages
-from lmcache.segmentation.passage_index import PassageMatch
+from lmcache.segmentation.passage_index import PassageMatch, Piece
 from lmcache.segmentation.separator_text import SeparatorFinder
 from lmcache.segmentation.shared_passages import SharedPassages
 from lmcache.segmentation.token_text import Tokenizer, TokenReader
@@ -134,12 +134,12 @@ class PassageFinder:
         """See :meth:`PromptCutter.ranges`."""
         return self._cutter.ranges(tokens, segments)
 
-    def ask(self, tokens: Sequence[int], start: int, ranges: list[Range] | None, namespace: Namespace) -> Inquiry:
+    def ask(self, tokens: Tokens, start: int, ranges: list[Range] | None, namespace: Namespace) -> Inquiry:
         """Have other servers' passages looked up, for :meth:`find` with the same arguments. Never blocks."""
         return ask_others(self._shared, tokens, start, ranges, namespace.id)
 
     def find(
-        self, tokens: Sequence[int], start: int, ranges: list[Range] | None, namespace: Namespace
+        self, tokens: Tokens, start: int, ranges: list[Range] | None, namespace: Namespace
     ) -> FoundPassages[PassageLease]:
         """Hold what the cache has of ``tokens[start:]``, and start the reads of what lies in slower tiers."""
         if ranges == []:
@@ -156,5 +156,7 @@ def _seams(start: int, ranges: list[Range] | None) -> list[int]:
 
 
 def _shifted(match: PassageMatch[CacheKey], by: int) -> PassageMatch[CacheKey]:
-    pieces = tuple(replace(piece, start=piece.start + by, end=piece.end + by) for piece in match.pieces)
-    return replace(match, start=match.start + by, end=match.end + by, pieces=pieces)
+    if not by:
+        return match
+    pieces = tuple(Piece(start + by, end + by, key, offset) for start, end, key, offset in match.pieces)
+    return PassageMatch(match.start + by, match.end + by, match.old_start, pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 
 import torch
 
@@ -89,8 +90,11 @@ class BatchKV:
         self.corrector = corrector
         self._layers: dict[int, LayerKV] = {}
         self._room = room or LayerRoom()
-        self._holes = torch.nonzero(~(batch.reusable | batch.exact))[:, 0]
         self.seconds = {"load": 0.0, "correct": 0.0}
+
+    @cached_property
+    def _holes(self) -> torch.Tensor:
+        return torch.nonzero(~(self.batch.reusable | self.batch.exact))[:, 0]
 
     def layer(self, layer_id: int, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
         """The layer, its reused rows in place. ``k`` and ``v`` are fresh ones, for shape, dtype and device.

@@ -18,8 +18,7 @@ def page_offsets(layout: KVLayout, slots: torch.Tensor) -> torch.Tensor:
     """
     if len(layout.planes) != 2 or layout.planes[0].strides != layout.planes[1].strides:
         raise ValueError(f"layout {layout.name!r}: K and V do not lie alike")
-    block, token, _, _ = layout.planes[0].strides
-    return (slots // layout.block_size) * block + (slots % layout.block_size) * token
+    return layout.token_offsets(slots, layout.planes[0])
 
 
 def page_rows(layout: KVLayout, keys: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> KVRows:

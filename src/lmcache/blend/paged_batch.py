@@ -58,7 +58,7 @@ class PagedBatchKV(BatchKV):
         self._sent = OnDevice(ring.device, exact)
         self._pages = PromptPages(slots, layout.block_size, ring.device, dense)
         offsets = to_device(page_offsets(layout, slots), ring.device)
-        self._planes = [layout.plane_views(connector.tensors, layer) for layer in range(len(ropes))]
+        self._planes = connector.planes
         self._kv = page_rows(layout, self._planes[0][0], self._planes[0][1], offsets)
         spans = [np.arange(*placed.rows) for placed in self._moved]
         self._rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *spans]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -68,7 +67,7 @@ def _cut(match: int, pieces: list[PieceT], start: int, end: int) -> Run[PieceT]:
     return Run(match, pieces, first, min(pieces[-1].end, end), pieces[0].old_start + first - pieces[0].start)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Piece:
     """Tokens ``[start, end)`` of the prompt, which stood at ``old_start`` and are in a chunk from ``offset`` on."""
 
@@ -98,10 +97,10 @@ class HeldPassage:
     @classmethod
     def of_tiers(cls, run: Run[PieceT], parts: tuple[ChunkPart, ...], tiers: Iterable[str]) -> HeldPassage:
         """``tiers``: where each piece of ``run`` came from."""
-        tokens: Counter[str] = Counter()
+        tokens: dict[str, int] = {}
         for piece, tier in zip(run.pieces, tiers, strict=True):
-            tokens[tier] += min(piece.end, run.end) - max(piece.start, run.start)
-        return cls(run.start, run.end, run.old_start, parts, dict(tokens), run.match)
+            tokens[tier] = tokens.get(tier, 0) + min(piece.end, run.end) - max(piece.start, run.start)
+        return cls(run.start, run.end, run.old_start, parts, tokens, run.match)
 
 
 class PassageHold(Protocol):
@@ -125,6 +124,7 @@ class PassageLease:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._passages: list[list[_Piece]] = []
+        self._reading = 0  # pieces
         self._released = False
 
     @classmethod
@@ -151,11 +151,17 @@ class PassageLease:
                     held.arrived = True
                     continue
                 held.tier = found.tier.name
-                if found.read is None:
-                    lease._arrive(held, spec, found.obj)
-                else:
+                if found.read is not None:
                     reads.append((held, found.read))
+                    continue
+                held.arrived = True
+                if found.obj is not None:
+                    if _fits(found.obj, held, spec):
+                        held.obj = found.obj
+                    else:
+                        found.obj.ref_down()
             lease._passages.append(pieces)
+        lease._reading = len(reads)
         for held, read in reads:
             read.add_done_callback(partial(lease._read_ended, held, spec))
         return lease
@@ -163,20 +169,20 @@ class PassageLease:
     def ready(self) -> bool:
         """Whether no read is under way any more."""
         with self._changed:
-            return self._released or all(piece.arrived for piece in self._pieces())
+            return self._is_ready()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until :meth:`ready`; False when ``timeout`` seconds were not enough."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: self._released or all(piece.arrived for piece in self._pieces()), timeout
-            )
+            return self._changed.wait_for(self._is_ready, timeout)
 
     def cut(self) -> None:
         """Be content with what has arrived."""
         with self._changed:
-            for piece in self._pieces():
+            for piece in self._pieces() if self._reading else ():
                 piece.arrived = True
+            self._reading = 0
+            self._changed.notify_all()
 
     def passages(self, start: int, end: int, min_tokens: int = 1, *, exact_tokens: int = 0) -> list[HeldPassage]:
         """What has arrived of the tokens ``[start, end)``, in runs of at least ``min_tokens``. Call :meth:`cut` first:
@@ -215,6 +221,9 @@ class PassageLease:
         for obj in held:
             obj.ref_down()
 
+    def _is_ready(self) -> bool:
+        return self._released or not self._reading
+
     def _pieces(self) -> Iterable[_Piece]:
         return (piece for pieces in self._passages for piece in pieces)
 
@@ -223,17 +232,19 @@ class PassageLease:
 
     def _arrive(self, piece: _Piece, spec: Callable[[int], KVSpec], obj: MemoryObj | None) -> None:
         with self._changed:
-            if obj is not None and not self._released and not piece.arrived and _fits(obj, piece, spec):
-                piece.obj, obj = obj, None
-            piece.arrived = True
+            if not piece.arrived:
+                if obj is not None and not self._released and _fits(obj, piece, spec):
+                    piece.obj, obj = obj, None
+                piece.arrived = True
+                self._reading -= 1
             self._changed.notify_all()
         if obj is not None:
             obj.ref_down()
 
 
 def _fits(obj: MemoryObj, piece: _Piece, spec: Callable[[int], KVSpec]) -> bool:
-    num_tokens = obj.spec.num_tokens
-    return piece.offset + piece.end - piece.start <= num_tokens and obj.spec == spec(num_tokens)
+    num_tokens, wanted = obj.spec.num_tokens, spec(obj.spec.num_tokens)
+    return piece.offset + piece.end - piece.start <= num_tokens and (obj.spec is wanted or obj.spec == wanted)
 
 
 def _is_held(piece: _Piece) -> bool:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import pairwise
+from typing import TypeAlias
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
+
+_Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 class Reason(str, Enum):
@@ -103,15 +109,12 @@ class BlendPlan:
         Exact hits win over others, then longer over shorter, then earlier over later; a loser keeps the tokens that
         no winner has, in pieces of at least ``min_tokens``.
         """
-        taken: list[ReusedSpan] = []
-        for hit in sorted(hits, key=lambda span: (not span.exact, span.start - span.end, span.start)):
-            pieces = [hit]
-            for other in taken:
-                pieces = [rest for piece in pieces for rest in _without(piece, other)]
-            taken.extend(piece for piece in pieces if piece is hit or piece.end - piece.start >= min_tokens)
+        ordered = sorted(hits, key=lambda span: span.start)
+        if any(later.start < span.end for span, later in pairwise(ordered)):
+            ordered = _apart(hits, min_tokens)
         spans: list[ReusedSpan] = []
         exact_end = 0
-        for span in sorted(taken, key=lambda span: span.start):
+        for span in ordered:
             if span.exact and span.start == exact_end:
                 exact_end = span.end
             elif span.exact:
@@ -123,15 +126,15 @@ class BlendPlan:
 
     def exact(self) -> torch.Tensor:
         """bool ``[num_tokens]``: reused as it is and not computed."""
-        return self._mask(span for span in self.spans if span.exact) & ~self._suffix()
+        return torch.from_numpy(self._exact())
 
     def reusable(self) -> torch.Tensor:
         """bool ``[num_tokens]``: R, the tokens of moved spans, those at the forced end included."""
-        return self._mask(span for span in self.spans if not span.exact)
+        return torch.from_numpy(self._mask(span for span in self.spans if not span.exact))
 
     def forced(self) -> torch.Tensor:
         """bool ``[num_tokens]``: S, the tokens that no policy may leave out."""
-        return ~self._mask(self.spans) | self._suffix()
+        return torch.from_numpy(self._forced())
 
     def moved_spans(self) -> tuple[ReusedSpan, ...]:
         return tuple(span for span in self.spans if not span.exact)
@@ -140,9 +143,10 @@ class BlendPlan:
 
     def select(self, computed: torch.Tensor, policy: str) -> BlendPlan:
         """The plan with what ``policy`` chose: ``computed`` is bool ``[num_tokens]``, the forced tokens included."""
-        if bool((self.forced() & ~computed).any()):
+        forced, chosen = self._forced(), computed.numpy()
+        if (forced & ~chosen).any():
             raise ValueError(f"policy {policy!r} left out tokens that must be computed")
-        return replace(self, selected=tuple(_runs(computed & ~self.forced() & ~self.exact())), policy=policy)
+        return replace(self, selected=_runs(chosen & ~forced & ~self._exact()), policy=policy)
 
     def ranges(self) -> list[PlannedRange]:
         """The whole prompt, in order, cut wherever fate or source changes."""
@@ -182,16 +186,32 @@ class BlendPlan:
         """Raises ``msgspec.ValidationError`` for what is no plan."""
         return msgspec.json.decode(raw, type=cls)
 
-    def _suffix(self) -> torch.Tensor:
-        mask = torch.zeros(self.num_tokens, dtype=torch.bool)
-        mask[self.num_tokens - self.suffix_tokens :] = True
-        return mask
+    def _exact(self) -> _Mask:
+        exact = self._mask(span for span in self.spans if span.exact)
+        exact[self.num_tokens - self.suffix_tokens :] = False
+        return exact
 
-    def _mask(self, spans: Iterator[ReusedSpan] | Sequence[ReusedSpan]) -> torch.Tensor:
-        mask = torch.zeros(self.num_tokens, dtype=torch.bool)
+    def _forced(self) -> _Mask:
+        forced = ~self._mask(self.spans)
+        forced[self.num_tokens - self.suffix_tokens :] = True
+        return forced
+
+    def _mask(self, spans: Iterable[ReusedSpan]) -> _Mask:
+        mask = np.zeros(self.num_tokens, bool)
         for span in spans:
             mask[span.start : span.end] = True
         return mask
+
+
+def _apart(hits: Iterable[ReusedSpan], min_tokens: int) -> list[ReusedSpan]:
+    """What :meth:`BlendPlan.of` keeps of ``hits`` that overlap, by where it begins."""
+    taken: list[ReusedSpan] = []
+    for hit in sorted(hits, key=lambda span: (not span.exact, span.start - span.end, span.start)):
+        pieces = [hit]
+        for other in taken:
+            pieces = [rest for piece in pieces for rest in _without(piece, other)]
+        taken.extend(piece for piece in pieces if piece is hit or piece.end - piece.start >= min_tokens)
+    return sorted(taken, key=lambda span: span.start)
 
 
 def _without(span: ReusedSpan, other: ReusedSpan) -> Iterator[ReusedSpan]:
@@ -205,10 +225,7 @@ def _without(span: ReusedSpan, other: ReusedSpan) -> Iterator[ReusedSpan]:
         yield span.cut(other.end, span.end)
 
 
-def _runs(mask: torch.Tensor) -> list[tuple[int, int]]:
+def _runs(mask: _Mask) -> tuple[tuple[int, int], ...]:
     """The runs of True in a bool vector, as half-open ranges."""
-    edges = torch.diff(
-        mask.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1, dtype=torch.int8)
-    )
-    starts, ends = torch.nonzero(edges == 1)[:, 0], torch.nonzero(edges == -1)[:, 0]
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

@@ -168,13 +168,13 @@ class StagedLayers:
             self._others.append(_Other(placed, first, end - first, at))
             return [end - first]
         counts = []
-        for chunk, offset, num_tokens in chunks:
+        for address, chunk_tokens, offset, num_tokens in chunks:
             skipped = min(first, num_tokens)
             count = min(num_tokens, end) - skipped
             first, end = max(0, first - num_tokens), max(0, end - num_tokens)
             if count > 0:
-                plane = chunk.shape[2] * self._row_bytes
-                start = chunk.data_ptr() + (offset + skipped) * self._row_bytes
+                plane = chunk_tokens * self._row_bytes
+                start = address + (offset + skipped) * self._row_bytes
                 for index in range(2):
                     to = (at + index * count) * self._row_bytes
                     self._runs.add(start + index * plane, 2 * plane, to, count * self._row_bytes)

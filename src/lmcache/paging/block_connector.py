@@ -99,6 +99,10 @@ class BlockConnector(PagedConnector):
     def chunk_views(self, obj: MemoryObj) -> tuple[torch.Tensor, ...]:
         return self.kv_layout.chunk_plane_views(obj.tensor)
 
+    def _check_ranges(self, slots: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> None:
+        for start, end in ranges:  # each for itself: its pages may have to be whole
+            self._check_slots(slots[start:end])
+
     def _check_slots(self, slots: torch.Tensor) -> None:
         super()._check_slots(slots)
         if self.kv_layout.packed and len(self._plan(slots, fill_last_page=True).tokens):

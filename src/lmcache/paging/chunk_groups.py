@@ -32,7 +32,7 @@ class UniformChunks:
         self.objs = objs
         self.num_tokens = objs[0].spec.num_tokens
         self._layer_bytes = np.array([obj.spec.num_tokens * token_bytes for obj in objs], dtype=np.uint64)
-        self._starts = np.array([obj.bytes.data_ptr() for obj in objs], dtype=np.uint64)
+        self._starts = np.array([obj.address for obj in objs], dtype=np.uint64)
 
     @classmethod
     def of(cls, objs: Sequence[MemoryObj], ranges: Sequence[tuple[int, int]], token_bytes: int) -> UniformChunks | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -11,6 +12,17 @@ from lmcache.memory.memory_obj import MemoryObj
 from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.paging.layout import KVLayout
 from lmcache.paging.token_copy import TokenIndex, read_tokens, slot_view, write_tokens
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Consecutive ``ranges`` as one each."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((start, end))
+    return joined
 
 
 class PagedConnector(GPUConnectorInterface):
@@ -32,6 +44,11 @@ class PagedConnector(GPUConnectorInterface):
 
     def warm_up(self) -> None:
         """Do what would make the first call slow. No page is touched."""
+
+    @cached_property
+    def planes(self) -> list[tuple[torch.Tensor, ...]]:
+        """:meth:`KVLayout.plane_views` of each layer."""
+        return [self.kv_layout.plane_views(self.tensors, layer) for layer in self._all_layers]
 
     @abstractmethod
     def chunk_views(self, obj: MemoryObj) -> tuple[torch.Tensor, ...]:
@@ -70,7 +87,7 @@ class PagedConnector(GPUConnectorInterface):
         if self.kv_layout.packed:
             raise ValueError(f"layout {self.kv_layout.name!r} packs its pages: single tokens cannot be moved")
         self._one_layer(layer)
-        return self.kv_layout.plane_views(self.tensors, layer)
+        return self.planes[layer]
 
     @abstractmethod
     def _gather(self, obj: MemoryObj, slots: torch.Tensor, layers: range) -> None:
@@ -79,6 +96,11 @@ class PagedConnector(GPUConnectorInterface):
     @abstractmethod
     def _scatter(self, obj: MemoryObj, slots: torch.Tensor, layers: range) -> None:
         """``obj`` → pages."""
+
+    def _check_ranges(self, slots: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> None:
+        """:meth:`_check_slots` of the tokens in ``ranges``; consecutive ones need not be looked at one by one."""
+        for start, end in _joined(ranges):
+            self._check_slots(slots[start:end])
 
     def _check_slots(self, slots: torch.Tensor) -> None:
         """Raise ValueError for slots that this connector cannot serve."""
@@ -130,14 +152,13 @@ class PagedConnector(GPUConnectorInterface):
         if len(objs) != len(ranges):
             raise ValueError(f"{len(objs)} chunks for {len(ranges)} ranges")
         mapping = slot_mapping.to(device="cpu", dtype=torch.int64)
+        num_tokens = len(mapping)
         for obj, (start, end) in zip(objs, ranges, strict=True):
-            if not 0 <= start < end <= len(mapping):
-                raise ValueError(f"range [{start}, {end}) does not lie in a slot mapping of {len(mapping)} tokens")
-            if obj.spec != self.spec(end - start):
-                raise ValueError(
-                    f"chunk of {obj.spec} for tokens [{start}, {end}), which need {self.spec(end - start)}"
-                )
-            self._check_slots(mapping[start:end])
+            if not 0 <= start < end <= num_tokens:
+                raise ValueError(f"range [{start}, {end}) does not lie in a slot mapping of {num_tokens} tokens")
+            if (wanted := self.spec(end - start)) is not obj.spec and obj.spec != wanted:
+                raise ValueError(f"chunk of {obj.spec} for tokens [{start}, {end}), which need {wanted}")
+        self._check_ranges(mapping, ranges)
         self._move_checked(to_pages, layers, objs, ranges, mapping)
 
     def _move_checked(

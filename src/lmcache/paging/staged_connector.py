@@ -198,14 +198,16 @@ class StagedConnector(TokenConnector):
     def _offsets(self, slots: torch.Tensor) -> torch.Tensor:
         """int64 ``[planes, T]`` on the device: words from a plane's base to each token, −1 without a slot."""
         at = self.kv_layout
-        scale = at.dtype.itemsize // self._word_bytes if at.dtype.itemsize >= self._word_bytes else 0
-        blocks, inside = slots // at.block_size, slots % at.block_size
-        planes = []
+        nowhere = slots < 0 if int(slots.min()) < 0 else None
+        planes: dict[tuple[int, ...], torch.Tensor] = {}
         for plane in at.planes:
-            elements = blocks * plane.strides[0] + inside * plane.strides[1]
-            words = elements * scale if scale else elements * at.dtype.itemsize // self._word_bytes
-            planes.append(torch.where(slots < 0, -1, words))
-        return to_device(torch.stack(planes), self._device)
+            if plane.strides in planes:
+                continue
+            words = at.token_offsets(slots, plane)
+            if self._word_bytes != at.dtype.itemsize:
+                words = words.mul_(at.dtype.itemsize).bitwise_right_shift_(self._word_bytes.bit_length() - 1)
+            planes[plane.strides] = words if nowhere is None else words.masked_fill_(nowhere, -1)
+        return to_device(torch.stack([planes[plane.strides] for plane in at.planes]), self._device)
 
     def _current(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None

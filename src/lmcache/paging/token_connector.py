@@ -13,6 +13,8 @@ from lmcache.paging.layout import KVLayout
 from lmcache.paging.paged_connector import PagedConnector
 from lmcache.paging.token_copy import TokenIndex, read_tokens, slot_view, write_tokens
 
+_KEPT_SPECS = 1024
+
 
 class TokenConnector(PagedConnector):
     """A chunk is ``[layers, planes, tokens, heads, dim]``. Ranges may begin anywhere.
@@ -31,15 +33,21 @@ class TokenConnector(PagedConnector):
         self._word = widest_word([plane for planes in layers for plane in planes])
         self._planes = [[slot_view(plane.view(self._word)) for plane in planes] for planes in layers]
         self._device = layers[0][0].device
+        self._specs: dict[int, KVSpec] = {}
 
     @property
     def layout(self) -> str:
         return TOKEN_MAJOR
 
     def spec(self, num_tokens: int) -> KVSpec:
-        at = self.kv_layout
-        shape = (at.num_layers, len(at.planes), num_tokens, at.num_heads, at.head_dim)
-        return KVSpec(shape, at.dtype, TOKEN_MAJOR, num_tokens)
+        held = self._specs.get(num_tokens)
+        if held is None:
+            at = self.kv_layout
+            shape = (at.num_layers, len(at.planes), num_tokens, at.num_heads, at.head_dim)
+            held = KVSpec(shape, at.dtype, TOKEN_MAJOR, num_tokens)
+            if len(self._specs) < _KEPT_SPECS:
+                self._specs[num_tokens] = held
+        return held
 
     def chunk_views(self, obj: MemoryObj) -> tuple[torch.Tensor, ...]:
         return obj.tensor.unsqueeze(2).unbind(1)

@@ -14,10 +14,13 @@ class TokenIndex:
         self._slots = slots
         self._block_size = block_size
         self._device = device
-        first, count = int(slots[0]), len(slots)
-        consecutive = bool(torch.equal(slots, torch.arange(first, first + count)))
-        self.run = slice(first, first + count) if consecutive else None
+
+    @cached_property
+    def run(self) -> slice | None:
         """The tokens as a slice of slots, if they are consecutive."""
+        first, count = int(self._slots[0]), len(self._slots)
+        consecutive = bool(torch.equal(self._slots, torch.arange(first, first + count)))
+        return slice(first, first + count) if consecutive else None
 
     @cached_property
     def slots(self) -> torch.Tensor:

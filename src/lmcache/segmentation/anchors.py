@@ -36,12 +36,23 @@ def anchors(
         return np.empty(0, np.int64), np.empty(0, np.uint64)
     powers, inverses = _powers(_rounded_up(len(tokens)))
     # sums[i] = Σ_{j<i} (t_j + 1)·B^j, so a window's share of it, shifted back by B^-i, depends on its tokens alone.
-    sums = np.zeros(len(tokens) + 1, np.uint64)
-    np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * powers[: len(tokens)], out=sums[1:])
-    hashes = (sums[WINDOW:] - sums[:-WINDOW]) * inverses[:count]
-    hashes = (hashes ^ (hashes >> _HALF)) * _MIX
-    hashes ^= hashes >> _HALF
-    chosen = (hashes & np.uint64(DENSITY - 1)) == 0
+    # In place throughout: memory that the system must clear first takes longer than the sums.
+    sums = np.empty(len(tokens) + 1, np.uint64)
+    sums[0] = 0
+    terms = sums[1:]
+    np.add(tokens, np.uint64(1), out=terms, dtype=np.uint64)
+    terms *= powers[: len(tokens)]
+    np.cumsum(terms, out=terms)
+    hashes = sums[WINDOW:] - sums[:-WINDOW]
+    hashes *= inverses[:count]
+    halves = sums[:count]
+    np.right_shift(hashes, _HALF, out=halves)
+    hashes ^= halves
+    hashes *= _MIX
+    np.right_shift(hashes, _HALF, out=halves)
+    hashes ^= halves
+    np.bitwise_and(hashes, np.uint64(DENSITY - 1), out=halves)
+    chosen = halves == 0
     if also:
         chosen[[place for place in also if 0 <= place < count]] = True
     starts = np.flatnonzero(chosen)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -148,7 +147,11 @@ class KnownPassages:
     def _living(self, match: PassageMatch[CacheKey]) -> Iterator[PassageMatch[CacheKey]]:
         """The parts of ``match`` between chunks that were evicted."""
         run: list[Piece[CacheKey]] = []
-        alive = iter(self._alive_each([piece.key for piece in match.pieces]))
+        living = self._alive_each([piece.key for piece in match.pieces])
+        if living and all(living):
+            yield match
+            return
+        alive = iter(living)
         for piece in [*match.pieces, None]:
             if piece is not None and next(alive):
                 run.append(piece)
@@ -157,7 +160,7 @@ class KnownPassages:
                 self._discard(piece.key)
             if run:
                 old_start = match.old_start + run[0].start - match.start
-                yield replace(match, start=run[0].start, end=run[-1].end, old_start=old_start, pieces=tuple(run))
+                yield PassageMatch(run[0].start, run[-1].end, old_start, tuple(run))
                 run = []
 
     def _sweep_if_due(self) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,7 @@ _BLOCK_CHUNKS = 256
 _MAX_CHILDREN = 16
 
 
-@dataclass(frozen=True)
-class Piece(Generic[KeyT]):
+class Piece(NamedTuple, Generic[KeyT]):
     """Tokens ``[start, end)`` of a prompt are the tokens of chunk ``key`` from its token ``offset`` on."""
 
     start: int
@@ -32,8 +30,7 @@ class Piece(Generic[KeyT]):
     offset: int
 
 
-@dataclass(frozen=True)
-class PassageMatch(Generic[KeyT]):
+class PassageMatch(NamedTuple, Generic[KeyT]):
     """Tokens ``[start, end)`` of a prompt stood together in an earlier one; ``pieces`` are the chunks they lie in.
 
     ``old_start`` is where the first of them stood then.
@@ -201,11 +198,12 @@ class PassageIndex(Generic[KeyT]):
 
     def _grown(self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int) -> list[Piece[KeyT]]:
         """The match around an anchor at ``position``, which is said to be at ``offset`` of ``chunk``; empty if not."""
-        if self._keys[chunk] is None or self._common(tokens, position, chunk, offset) < WINDOW:
+        if self._keys[chunk] is None or (same := self._common(tokens, position, chunk, offset)) < WINDOW:
             return []
-        left, right = (grow(tokens, position, chunk, offset) for grow in (self._leftwards, self._rightwards))
+        left = self._leftwards(tokens, position, chunk, offset)
+        right = self._rightwards(tokens, position, chunk, offset, same)
         if left and left[-1].key == right[0].key:
-            right[0] = replace(left.pop(), end=right[0].end)
+            right[0] = left.pop()._replace(end=right[0].end)
         return left + right
 
     def _leftwards(self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int) -> list[Piece[KeyT]]:
@@ -213,8 +211,9 @@ class PassageIndex(Generic[KeyT]):
         pieces: list[Piece[KeyT]] = []
         while chunk >= 0:
             length = min(position, offset)
-            ours, theirs = tokens[position - length : position], self._tokens(chunk)[offset - length : offset]
-            same = length if (ours == theirs).all() else length - 1 - int(np.flatnonzero(ours != theirs)[-1])
+            ours, theirs = tokens[position - length : position], self._block(chunk)[offset - length : offset]
+            alike = ours.tobytes() == theirs.tobytes() or not (differs := ours != theirs).any()
+            same = length if alike else length - 1 - int(np.flatnonzero(differs)[-1])
             self._piece(pieces, position - same, position, chunk, offset - same)
             if same < offset:
                 break
@@ -223,10 +222,11 @@ class PassageIndex(Generic[KeyT]):
             offset = self._lengths[chunk] if chunk >= 0 else 0
         return pieces[::-1]
 
-    def _rightwards(self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int) -> list[Piece[KeyT]]:
-        """Pieces that begin at ``position``, where ``offset`` of ``chunk`` is."""
+    def _rightwards(
+        self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int, same: int
+    ) -> list[Piece[KeyT]]:
+        """Pieces that begin at ``position``, where ``offset`` of ``chunk`` is, and ``same`` tokens are its tokens."""
         pieces: list[Piece[KeyT]] = []
-        same = self._common(tokens, position, chunk, offset)
         while same:
             self._piece(pieces, position, position + same, chunk, offset)
             if offset + same < self._lengths[chunk]:
@@ -241,7 +241,10 @@ class PassageIndex(Generic[KeyT]):
     def _common(self, tokens: npt.NDArray[np.uint32], position: int, chunk: int, offset: int) -> int:
         """How many tokens from ``position`` on are those of ``chunk`` from ``offset`` on."""
         length = max(0, min(len(tokens) - position, self._lengths[chunk] - offset))
-        differs = tokens[position : position + length] != self._tokens(chunk)[offset : offset + length]
+        ours, theirs = tokens[position : position + length], self._block(chunk)[offset : offset + length]
+        if ours.tobytes() == theirs.tobytes():  # nearly always, and three times as fast as element by element
+            return length
+        differs = ours != theirs
         return int(differs.argmax()) if differs.any() else length
 
     def _piece(self, pieces: list[Piece[KeyT]], start: int, end: int, chunk: int, offset: int) -> None:
@@ -269,9 +272,6 @@ class PassageIndex(Generic[KeyT]):
         block, row = divmod(chunk, _BLOCK_CHUNKS)
         room: npt.NDArray[np.uint32] = self._blocks[block][row]
         return room
-
-    def _tokens(self, chunk: int) -> npt.NDArray[np.uint32]:
-        return self._block(chunk)[: self._lengths[chunk]]
 
 
 def run_length(match: PassageMatch[KeyT], exact_tokens: int) -> int:

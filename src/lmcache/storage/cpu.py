@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
 from lmcache.keys import CacheKey
@@ -71,14 +71,31 @@ class LocalCPUTier(StorageTier):
 
     def get(self, key: CacheKey) -> MemoryObj | None:
         """The entry with a reference for the caller, or None: :meth:`submit_get` without the future."""
+        return self.get_each([key])[0]
+
+    def get_each(self, keys: Iterable[CacheKey]) -> list[MemoryObj | None]:
+        """:meth:`get` of each."""
         with self._lock:
-            obj = self._entries.get(key)
-            if obj is None:
-                self._misses += 1
-                return None
-            self._hits += 1
-            self._policy.touch(key)
-            return obj.ref_up()
+            return [self._get(key) for key in keys]
+
+    def get_leading(self, keys: Iterable[CacheKey]) -> list[MemoryObj]:
+        """:meth:`get` of ``keys`` up to the first that is not here."""
+        held: list[MemoryObj] = []
+        with self._lock:
+            for key in keys:
+                if (obj := self._get(key)) is None:
+                    break
+                held.append(obj)
+        return held
+
+    def _get(self, key: CacheKey) -> MemoryObj | None:
+        obj = self._entries.get(key)
+        if obj is None:
+            self._misses += 1
+            return None
+        self._hits += 1
+        self._policy.touch(key)
+        return obj.ref_up()
 
     def contains(self, key: CacheKey) -> bool:
         return key in self._entries

@@ -83,7 +83,13 @@ class TieredStorage(KVStorage):
         return hits
 
     def holds(self, keys: Sequence[CacheKey]) -> list[bool]:
-        return [bool(self.find([key])) for key in keys]
+        if self._closed:
+            return [False] * len(keys)
+        probes = [tier.contains for tier in (*self._keeping, *self._sources)]
+        try:
+            return [any(contains(key) for contains in probes) for key in keys]
+        except Exception:  # of a tier: whose keys these are is found out one by one
+            return [bool(self.find([key])) for key in keys]
 
     def ask(self, keys: Sequence[CacheKey], timeout: float) -> Inquiry:
         """See :meth:`KVStorage.ask`."""
@@ -100,24 +106,38 @@ class TieredStorage(KVStorage):
 
     def acquire(self, key: CacheKey) -> Found | None:
         """See :meth:`KVStorage.acquire`."""
-        if self._keep_in_memory and (obj := self.memory.get(key)) is not None:
-            self.metrics.read(self.memory.name, obj.spec.nbytes)
-            return Found(self.memory, obj, None)
-        tier = next(iter(self.find([key])), None)
-        if tier is None:
-            return None
-        return Found(tier, None, self.fetch(key, tier))
+        return self.acquire_each([key])[0]
 
     def acquire_leading(self, keys: Sequence[CacheKey]) -> list[Found]:
         hits: list[Found] = []
-        for key in keys:
-            if (found := self.acquire(key)) is None:
+        while len(hits) < len(keys):
+            if self._keep_in_memory:
+                held = self.memory.get_leading(itertools.islice(keys, len(hits), None))
+                self._count_read(held)
+                hits.extend(Found(self.memory, obj, None) for obj in held)
+            if len(hits) == len(keys) or (found := self._fetched(keys[len(hits)])) is None:
                 break
             hits.append(found)
         return hits
 
     def acquire_each(self, keys: Sequence[CacheKey]) -> list[Found | None]:
-        return [self.acquire(key) for key in keys]
+        if not self._keep_in_memory:
+            return [self._fetched(key) for key in keys]
+        held = self.memory.get_each(keys)
+        self._count_read([obj for obj in held if obj is not None])
+        return [
+            self._fetched(key) if obj is None else Found(self.memory, obj, None)
+            for key, obj in zip(keys, held, strict=True)
+        ]
+
+    def _fetched(self, key: CacheKey) -> Found | None:
+        """A read of what memory does not have."""
+        tier = next(iter(self.find([key])), None)
+        return None if tier is None else Found(tier, None, self.fetch(key, tier))
+
+    def _count_read(self, objs: Sequence[MemoryObj]) -> None:
+        if objs:
+            self.metrics.read(self.memory.name, sum(obj.spec.nbytes for obj in objs))
 
     def fetch(self, key: CacheKey, tier: StorageTier) -> Future[MemoryObj | None]:
         """Start reading ``key`` from ``tier``. What it gives is in memory when the future is done, and on its way to

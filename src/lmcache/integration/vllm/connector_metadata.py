@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from lmcache.keys import PrefixKey
+from lmcache.keys import PrefixKey, Tokens
 from lmcache.prompt import Chunk
 
 
@@ -20,7 +20,7 @@ class LoadOp:
     """
 
     req_id: str
-    token_ids: list[int]
+    token_ids: Tokens
     start: int
     end: int
     block_ids: list[int]
@@ -35,7 +35,7 @@ class SaveOp:
     """
 
     req_id: str
-    token_ids: list[int]
+    token_ids: Tokens
     start: int
     block_ids: list[int]
     keys: list[PrefixKey]
@@ -67,7 +67,7 @@ class PlannedBlend:
     """
 
     lease: str
-    token_ids: list[int]
+    token_ids: Tokens
     passages: list[tuple[int, int, int]]
     params: dict[str, Any]
 
@@ -80,7 +80,7 @@ class SegmentSaveOp:
     """
 
     req_id: str
-    token_ids: list[int]
+    token_ids: Tokens
     block_ids: list[int]
     runs: list[SegmentRun]
     seams: list[int]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache.integration.vllm.blend.scheduling import RequestBlend
 from lmcache.integration.vllm.model_identity import lora_identity, tenant_salt
 from lmcache.integration.vllm.parallel.ranked_lease import RankedLease
+from lmcache.integration.vllm.request_tokens import RequestTokens
 from lmcache.keys import PrefixKey
 from lmcache.lease import PrefixLease
 from lmcache.storage.inquiry import Inquiry
@@ -32,6 +33,7 @@ class RequestTracker:
     cache_salt: str
     skip_load: bool
     skip_save: bool
+    tokens: RequestTokens
     keys: list[PrefixKey] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     inquiry: Inquiry | None = None
@@ -63,6 +65,7 @@ class RequestTracker:
             cache_salt=tenant_salt(request),
             skip_load=opaque or bool(params.get("lmcache.skip_load", False)),
             skip_save=opaque or bool(params.get("lmcache.skip_save", False)),
+            tokens=RequestTokens(request),
             preemptions=request.num_preemptions,
         )
 

@@ -56,7 +56,7 @@ class SavePlanner:
             num_chunks, end = num_chunks + 1, valid
         elif num_chunks <= tracker.saved_chunks:
             return
-        tokens = request.all_token_ids[:end]
+        tokens = tracker.tokens()[:end]
         if len(tracker.keys) < num_chunks or self._config.save_unfull_chunk:
             # The last of the keys so far may be that of a chunk which was not full then.
             tracker.keys = self._engine.prefix_keys(
@@ -80,7 +80,7 @@ class SavePlanner:
         """The new passages of a blended prompt, or the end of another one, which fills no chunk."""
         request = tracker.request
         end = request.num_prompt_tokens
-        tokens = request.all_token_ids[:end]
+        tokens = tracker.tokens()[:end]
         namespace = self._engine.namespace(lora=tracker.lora, cache_salt=tracker.cache_salt, paged=True)
         size = self._config.chunk_size
         runs: list[SegmentRun] = []

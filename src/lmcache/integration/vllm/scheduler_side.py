@@ -89,14 +89,13 @@ class SchedulerSide:
             return False
         try:
             namespace = self._engine.namespace(lora=tracker.lora, cache_salt=tracker.cache_salt, paged=True)
-            if not scheduling.look_up(tracker.blend, tracker.request, exact_tokens, namespace) and self._may_wait(
-                tracker
-            ):
+            tokens = tracker.tokens()
+            if not scheduling.look_up(tracker.blend, tokens, exact_tokens, namespace) and self._may_wait(tracker):
                 return None
             others = (other.request for other in self._trackers.values())
             if scheduling.prefix_in_flight(tracker.request, local_tokens, others):
                 return None if self._may_wait(tracker) else False
-            return scheduling.promise(tracker.blend, tracker.request, exact_tokens)
+            return scheduling.promise(tracker.blend, tracker.request, tokens, exact_tokens)
         except Exception as error:
             report_failure(self.metrics, "blend_look_up", error)
             return False
@@ -200,7 +199,7 @@ class SchedulerSide:
         num_tokens = tracker.request.num_tokens
         if tracker.lease is not None and tracker.leased_for == num_tokens:
             return True
-        tokens = tracker.request.all_token_ids[:]
+        tokens = tracker.tokens()
         lora, salt = tracker.lora, tracker.cache_salt
         if tracker.asked_for != num_tokens:
             tracker.drop_lease()
@@ -265,7 +264,7 @@ class SchedulerSide:
                 tracker.reused_tokens = min(end, request.num_tokens - 1) - tracker.local_tokens
                 tracker.tiers = lease.tokens_by_tier(tracker.local_tokens)
         return LoadOp(
-            request.request_id, request.all_token_ids[:end], tracker.local_tokens, end, list(tracker.block_ids), name
+            request.request_id, tracker.tokens()[:end], tracker.local_tokens, end, list(tracker.block_ids), name
         )
 
     def _hand_over_blend(self, meta: LMCacheConnectorMetadata, tracker: RequestTracker) -> None:

@@ -221,7 +221,7 @@ class WorkerSide:
             end = min(op.end, len(op.block_ids) * self._block_size)
             tokens = op.token_ids[:end]
             slots = slot_mapping(op.block_ids, end, self._block_size, first=op.start)
-            wanted = torch.arange(end) >= op.start
+            wanted = torch.arange(end) >= op.start if op.start else None
             if layerwise:
                 steps = self._engine.retrieve_layer(tokens, wanted, slot_mapping=slots, lease=lease)
                 self._layerwise.start(op, lease, steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING
 
+import numpy as np
 from blake3 import blake3
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ class SaltedBlockHashes:
             # One stream of bytes for all: thousands of hashes, one by one, would take milliseconds.
             size = len(bytes(old))
             stream = blake3(bytes(old), key=self._salt).digest(size * (end - first))
-            for index in range(first, end):
-                at = (index - first) * size
-                hashes[index] = type(old)(stream[at : at + size])
+            names: list[bytes] = np.frombuffer(stream, dtype=f"V{size}").tolist()
+            hashes[first:end] = names if type(old) is bytes else map(type(old), names)
         self._first = min(first, end)

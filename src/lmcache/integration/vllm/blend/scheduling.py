@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from vllm.v1.request import RequestStatus
 
 from lmcache.blend.coverage import Declined, choose_passages, covered, holes
@@ -16,7 +17,7 @@ from lmcache.blend.passage_lease import HeldPassage, PassageHold
 from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.blend.options import BlendDefaults, BlendOptions
 from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
-from lmcache.keys import Namespace
+from lmcache.keys import Namespace, Tokens
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.observability.metrics import Metrics
 from lmcache.storage.inquiry import Inquiry
@@ -32,10 +33,10 @@ class Finder(Protocol):
 
     def ranges(self, tokens: list[int], segments: Any) -> list[Range] | None: ...
 
-    def ask(self, tokens: list[int], start: int, ranges: list[Range] | None, namespace: Namespace) -> Inquiry: ...
+    def ask(self, tokens: Tokens, start: int, ranges: list[Range] | None, namespace: Namespace) -> Inquiry: ...
 
     def find(
-        self, tokens: list[int], start: int, ranges: list[Range] | None, namespace: Namespace
+        self, tokens: Tokens, start: int, ranges: list[Range] | None, namespace: Namespace
     ) -> FoundPassages[Any]: ...
 
 
@@ -43,7 +44,7 @@ class Finder(Protocol):
 class PreparedBlend:
     """A promise to the scheduler: the worker role fills the pages behind ``exact_tokens`` up to the last token."""
 
-    token_ids: list[int]
+    token_ids: Tokens
     exact_tokens: int
     passages: list[HeldPassage]
     lease: PassageHold
@@ -51,7 +52,7 @@ class PreparedBlend:
 
     @property
     def reused_tokens(self) -> int:
-        return int(covered(self.passages, len(self.token_ids)).sum())
+        return int(np.count_nonzero(covered(self.passages, len(self.token_ids))))
 
     @property
     def num_computed(self) -> int:
@@ -149,21 +150,22 @@ class BlendScheduling:
         except ValueError as error:
             return self._fallen_back(RequestBlend(None), "bad_request", str(error))
 
-    def look_up(self, blend: RequestBlend, request: Request, exact_tokens: int, namespace: Namespace) -> bool:
-        """Start to look for what stands behind ``exact_tokens``; whether all reads have ended."""
+    def look_up(self, blend: RequestBlend, tokens: Tokens, exact_tokens: int, namespace: Namespace) -> bool:
+        """Start to look for what stands behind ``exact_tokens`` of a request's ``tokens``; whether all reads have
+        ended."""
         if blend.options is None:
             return True
-        wanted = (request.num_tokens, exact_tokens)
+        wanted = (len(tokens), exact_tokens)
         if blend.asked_for != wanted:
             blend.release()
-            blend.inquiry = self._finder.ask(request.all_token_ids[:], exact_tokens, blend.ranges, namespace)
+            blend.inquiry = self._finder.ask(tokens, exact_tokens, blend.ranges, namespace)
             blend.asked_for = wanted
         if blend.inquiry is not None and not blend.inquiry.ready():
             return False
         if blend.found_for != wanted:
             blend.release()
             start = time.perf_counter()
-            blend.found = self._finder.find(request.all_token_ids[:], exact_tokens, blend.ranges, namespace)
+            blend.found = self._finder.find(tokens, exact_tokens, blend.ranges, namespace)
             blend.found_for = wanted
             blend.find_seconds = time.perf_counter() - start
             blend.asked_at = time.monotonic()
@@ -190,7 +192,7 @@ class BlendScheduling:
         """What was promised so far is on its way to the worker role."""
         self._rows_in_step = 0
 
-    def promise(self, blend: RequestBlend, request: Request, exact_tokens: int) -> bool | None:
+    def promise(self, blend: RequestBlend, request: Request, tokens: Tokens, exact_tokens: int) -> bool | None:
         """Whether the request is to be blended, with what has arrived by now. Its block hashes are salted then.
 
         None: in a later step, this one has enough to do. vLLM counts a blend as one token, so nothing else would keep
@@ -211,7 +213,7 @@ class BlendScheduling:
         elif isinstance(chosen, Declined):
             self._fallen_back(blend, *chosen)
         else:
-            prepared = PreparedBlend(request.all_token_ids[:], exact_tokens, chosen, found.lease, blend.options)
+            prepared = PreparedBlend(tokens, exact_tokens, chosen, found.lease, blend.options)
             rows = prepared.num_computed
             if self._rows_in_step and self._rows_in_step + rows > self._max_rows:
                 return None

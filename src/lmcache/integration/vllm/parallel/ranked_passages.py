@@ -18,7 +18,7 @@ from lmcache.integration.vllm.parallel.messages import (
     Release,
 )
 from lmcache.integration.vllm.parallel.ranks import Ranks
-from lmcache.keys import Namespace, token_bytes
+from lmcache.keys import Namespace, Tokens, token_bytes
 from lmcache.storage.inquiry import Inquiry
 
 
@@ -102,12 +102,12 @@ class RankedFinder:
     def ranges(self, tokens: Sequence[int], segments: Any) -> list[Range] | None:
         return self._cutter.ranges(tokens, segments)
 
-    def ask(self, tokens: Sequence[int], start: int, ranges: list[Range] | None, namespace: Namespace) -> Inquiry:
+    def ask(self, tokens: Tokens, start: int, ranges: list[Range] | None, namespace: Namespace) -> Inquiry:
         """Over at once: the first rank asks in :meth:`find`."""
         return Inquiry()
 
     def find(
-        self, tokens: Sequence[int], start: int, ranges: list[Range] | None, namespace: Namespace
+        self, tokens: Tokens, start: int, ranges: list[Range] | None, namespace: Namespace
     ) -> FoundPassages[RankedPassageLease]:
         """Waits for the answers of the ranks, not for their disks."""
         name = f"passages-{next(self._lease_numbers)}"
