@@ -26,7 +26,7 @@ import torch
 from triton.testing import do_bench
 
 from lmcache.bench.machine import describe_machine
-from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, dense_runs
+from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, dense_runs, pays
 from lmcache.kernels.kv_rows import KVRows
 from lmcache.kernels.sparse_attention import SeenByAll, sparse_attention
 
@@ -73,9 +73,9 @@ class Case:
         return sparse_attention(self.q, self.rows, self.on_device, scale=SCALE, blocks=blocks)[0]
 
     def joined(self, dense: DenseAttention) -> Callable[[], torch.Tensor] | None:
-        runs = dense_runs(self.positions, self.slots, BLOCK, self.q.device)
-        if runs is None:
+        if not pays(len(self.positions), self.keys):
             return None
+        runs = dense_runs(self.positions, self.blocks.to(self.q.device, torch.int32), self.q.device)
 
         def attend() -> torch.Tensor:
             out, lse = dense(self.q, self.pages[:, 0], self.pages[:, 1], runs, SCALE)

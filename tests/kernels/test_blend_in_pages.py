@@ -85,10 +85,11 @@ def dense(
     q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, runs: DenseRuns, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What an engine's own attention would give, spelled out."""
+    q = q[runs.order]
     out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q), device=q.device)
     bounds = runs.starts.tolist()
     for run, (start, end) in enumerate(pairwise(bounds)):
-        count = int(runs.keys[run])
+        count = int(runs.keys_in_order[run])
         keys, values = (pages[runs.blocks[run].long()].flatten(0, 1)[:count] for pages in (key_pages, value_pages))
         group = q.shape[1] // keys.shape[1]
         keys, values = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values))
@@ -96,7 +97,8 @@ def dense(
         out[start:end] = (scores.softmax(-1) @ values).transpose(0, 1)
         lse[:, start:end] = scores.logsumexp(-1)
     DENSE_CALLS.append(len(bounds) - 1)
-    return out, lse
+    assert runs.keys.tolist() == runs.keys_in_order.tolist()[::-1]
+    return out[runs.back], lse[:, runs.back]
 
 
 DENSE_CALLS: list[int] = []

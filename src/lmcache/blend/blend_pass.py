@@ -132,10 +132,6 @@ class _Blend(Generic[Output]):
     def run(self, fallbacks: tuple[str | None, ...], on_layer: OnLayer | None, kv_only: bool) -> BlendResult[Output]:
         start = time.perf_counter()
         computed = self._select()
-        plans = tuple(
-            plan.select(computed[begin:end], self._policy.name)
-            for plan, (begin, end) in zip(self._batch.plans, self._batch.prompts, strict=True)
-        )
         planned = time.perf_counter()
         before = self._moving()
         ends_at = self._host.num_layers - 1 if kv_only else None
@@ -149,6 +145,10 @@ class _Blend(Generic[Output]):
         assert kv_only or output is not None, "the host stopped a forward that nobody asked it to stop"
         recompute = time.perf_counter() - planned - (self._moving() - before)
         keys, values = self._kv.tensors()
+        plans = tuple(
+            plan.select(computed[begin:end], self._policy.name)
+            for plan, (begin, end) in zip(self._batch.plans, self._batch.prompts, strict=True)
+        )
         return BlendResult(
             output=output,
             keys=keys,

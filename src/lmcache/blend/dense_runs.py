@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from lmcache.memory.to_device import to_device
+
 RUN_TOKENS = 128
 # Below that a band is most of the work, or all of it is done before the host has started two kernels.
 _MIN_QUERIES = 2 * RUN_TOKENS
@@ -21,14 +23,22 @@ _MIN_PAIRS = 2**22
 
 @dataclass(frozen=True)
 class DenseRuns:
-    """int32, on the device: ``starts`` ``[R + 1]``, where each run of queries begins; ``keys`` ``[R]``, how many keys
-    all of its queries see; ``blocks`` ``[R, B]``, the pages of the prompt, for every run the same. ``most_keys`` is the
-    largest of ``keys``."""
+    """Runs of queries over the pages ``blocks`` (int32 ``[R, B]``, for every run the same). All on the device.
 
-    starts: torch.Tensor
+    ``keys`` (int32 ``[R]``): how many keys all queries of a run see; ``most_keys`` is the largest of them.
+
+    An engine begins with the first sequence that it is given, and the last one to end should be a short one: ``order``
+    (int64 ``[n]``) are the queries with the last run first, ``back`` the way to where they were. ``starts`` (int32
+    ``[R + 1]``) says where each run begins in that order, ``keys_in_order`` are the ``keys`` of it.
+    """
+
     keys: torch.Tensor
     blocks: torch.Tensor
     most_keys: int
+    order: torch.Tensor
+    back: torch.Tensor
+    starts: torch.Tensor
+    keys_in_order: torch.Tensor
 
 
 class DenseAttention(Protocol):
@@ -44,17 +54,36 @@ class DenseAttention(Protocol):
         """
 
 
-def dense_runs(positions: torch.Tensor, slots: torch.Tensor, block_size: int, device: torch.device) -> DenseRuns | None:
-    """The runs of queries at ``positions`` (int64 ``[n]``, ascending) of a prompt with ``slots`` (int64 ``[N]``); both
-    on the CPU. None where that does not pay, or where the prompt does not lie in whole pages, in order."""
-    if len(positions) < _MIN_QUERIES or len(slots) < _MIN_KEYS or len(positions) * len(slots) < _MIN_PAIRS:
-        return None
+def blocks_in_order(slots: torch.Tensor, block_size: int) -> torch.Tensor | None:
+    """int32 ``[B]``: the pages of a prompt with ``slots`` (int64 ``[N]``); None where it does not lie in whole pages,
+    in order. Both on the CPU."""
     blocks = slots[::block_size] // block_size
-    token = torch.arange(len(slots))
-    if not torch.equal(slots, blocks[token // block_size] * block_size + token % block_size):
-        return None
-    starts = torch.arange(0, len(positions), RUN_TOKENS)
-    keys = positions[starts] + 1
-    ends = torch.cat([starts, torch.tensor([len(positions)])])
-    table = blocks.to(torch.int32).to(device)[None].expand(len(starts), -1).contiguous()
-    return DenseRuns(ends.to(torch.int32).to(device), keys.to(torch.int32).to(device), table, int(keys[-1]))
+    in_order = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()
+    return blocks.to(torch.int32) if torch.equal(slots, in_order[: len(slots)]) else None
+
+
+def pays(num_queries: int, num_keys: int) -> bool:
+    return num_queries >= _MIN_QUERIES and num_keys >= _MIN_KEYS and num_queries * num_keys >= _MIN_PAIRS
+
+
+def dense_runs(positions: torch.Tensor, blocks: torch.Tensor, device: torch.device) -> DenseRuns:
+    """The runs of queries at ``positions`` (int64 ``[n]``, ascending, on the CPU) of a prompt that lies in the pages
+    ``blocks`` (int32, on the device)."""
+    begins = torch.arange(0, len(positions), RUN_TOKENS)
+    keys = (positions[begins] + 1).to(torch.int32)
+    row = torch.arange(len(positions))
+    run = row // RUN_TOKENS
+    order = torch.argsort(-run, stable=True)
+    back = torch.empty_like(order)
+    back[order] = row
+    counts = torch.bincount(run).flip(0)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
+    return DenseRuns(
+        keys=to_device(keys, device),
+        blocks=blocks[None].expand(len(keys), -1).contiguous(),
+        most_keys=int(keys[-1]),
+        order=to_device(order, device),
+        back=to_device(back, device),
+        starts=to_device(starts, device),
+        keys_in_order=to_device(keys.flip(0), device),
+    )

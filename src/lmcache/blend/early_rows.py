@@ -16,22 +16,22 @@ class EarlyRows:
     the early ones too: where they stand nothing is left to move, so what later rows show beyond that counts only around
     these. The later ones alone, outliers for the most part, would move a whole passage that a fair sample has put right
     (docs/cacheblend.md, "What was tried").
+
+    Attributes:
+        rows: int64 ``[n]``, on the CPU, ascending: those of the piece and the early ones.
     """
 
     def __init__(self, piece: Piece, early: torch.Tensor) -> None:
         """``early``: bool ``[N]``, of the whole batch."""
         first, end = piece.covers
         before = first + torch.nonzero(early[first:end])[:, 0]
-        self._rows = torch.cat([piece.rows, before]).sort().values
-        self._at = torch.searchsorted(self._rows, piece.rows)
+        self.rows = torch.cat([piece.rows, before]).sort().values
+        self._at = torch.searchsorted(self.rows, piece.rows)
         self._at_on_device: torch.Tensor | None = None
 
-    def joined(
-        self, layer: LayerKV, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All rows (int64 ``[n]``, on the CPU, ascending), and their K and V ``[n, kv_heads, dim]``, where ``k`` and
-        ``v`` are those of the piece."""
+    def joined(self, layer: LayerKV, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of :attr:`rows`, ``[n, kv_heads, dim]``, where ``k`` and ``v`` are those of the piece."""
         if self._at_on_device is None:
             self._at_on_device = to_device(self._at, k.device)
-        keys, values = layer.held(self._rows)
-        return self._rows, keys.index_copy_(0, self._at_on_device, k), values.index_copy_(0, self._at_on_device, v)
+        keys, values = layer.held(self.rows)
+        return keys.index_copy_(0, self._at_on_device, k), values.index_copy_(0, self._at_on_device, v)

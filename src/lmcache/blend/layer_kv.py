@@ -192,13 +192,8 @@ class BatchKV:
         A passage that reaches over the ends of ``covers`` counts as one there and another here. ``memo`` is that of
         ``rows``.
         """
-        first, end = max(covers[0], layer.corrected_to), covers[1]
-        if first >= end:
-            return
-        layer.corrected_to = end
-        spans: tuple[tuple[int, int], ...] | None = memo.get(("spans", first, end))
-        if spans is None:
-            spans = memo["spans", first, end] = self._spans_to_correct(rows, first, end)
+        spans = self.spans_to_correct(layer, rows, covers, memo)
+        layer.corrected_to = max(layer.corrected_to, covers[1])
         if not spans:
             return
         start = time.perf_counter()
@@ -211,8 +206,23 @@ class BatchKV:
         for layer in self._layers.values():
             layer.corrected_to = 0
 
+    def get_ready(self, layer: LayerKV, rows: torch.Tensor, covers: tuple[int, int], memo: Memo) -> None:
+        """:meth:`correct` comes next, with fresh K and V of ``rows``: do what does not hang on them."""
+
+    def spans_to_correct(
+        self, layer: LayerKV, rows: torch.Tensor, covers: tuple[int, int], memo: Memo
+    ) -> tuple[tuple[int, int], ...]:
+        """Those of the batch's rows ``covers`` that were not corrected yet."""
+        first, end = max(covers[0], layer.corrected_to), covers[1]
+        spans: tuple[tuple[int, int], ...] | None = memo.get(("spans", first, end))
+        if spans is None:
+            spans = memo["spans", first, end] = self._spans_to_correct(rows, first, end)
+        return spans
+
     def _spans_to_correct(self, rows: torch.Tensor, first: int, end: int) -> tuple[tuple[int, int], ...]:
         """The moved spans within rows ``[first, end)``; none where ``rows`` are all that is reusable there."""
+        if first >= end:
+            return ()
         kept = self.batch.reusable[first:end].clone()
         kept[rows[(rows >= first) & (rows < end)] - first] = False
         if not bool(kept.any()):

@@ -6,14 +6,23 @@ tensors of its own is the reference.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from lmcache.blend.batch import BlendBatch
-from lmcache.blend.correctors.interface import BatchedCorrector, Corrector, LayerCorrection, Memo, RowCorrection
+from lmcache.blend.correctors.interface import (
+    BatchedCorrector,
+    Corrector,
+    LayerCorrection,
+    Memo,
+    RowCorrection,
+    RowsAhead,
+)
 from lmcache.blend.dense_runs import DenseAttention
 from lmcache.blend.graph_recorder import WorkRecorder
 from lmcache.blend.layer_kv import BatchKV, LayerKV, PromptLoadError
@@ -22,11 +31,14 @@ from lmcache.blend.paged_layer import OnDevice, PagedLayer, PromptPages, dense_h
 from lmcache.blend.rope import FusedRope
 from lmcache.blend.staged_layers import SourceError, StagedLayers, StagingRing
 from lmcache.memory.to_device import to_device
+from lmcache.observability.ranges import Range
 from lmcache.paging.paged_connector import PagedConnector
 
 if TYPE_CHECKING:
+    from lmcache.kernels.kv_rows import KVRows
     from lmcache.kernels.kv_write import Turns
 
+_UNKNOWN = torch.empty(0)  # nothing fresh is needed to load a layer
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -136,6 +148,21 @@ class PagedBatchKV(BatchKV):
             count += len(angles)
             tables.append(torch.stack([angles.cos() * gain, angles.sin() * gain]))
         return torch.cat(tables, 1), torch.cat(numbers)
+
+    def get_ready(self, layer: LayerKV, rows: torch.Tensor, covers: tuple[int, int], memo: Memo) -> None:
+        if not isinstance(self.corrector, BatchedCorrector):
+            return
+        spans = self.spans_to_correct(layer, rows, covers, memo)
+        if spans:
+            start, loading = time.perf_counter(), self.seconds["load"]
+            with Range("correct"):
+                ahead = RowsAhead(layer.layer_id, rows, spans, memo, partial(self._layers_from, layer.layer_id))
+                self.corrector.get_ready(ahead)
+            self.seconds["correct"] += time.perf_counter() - start - (self.seconds["load"] - loading)
+
+    def _layers_from(self, first: int, count: int) -> list[KVRows]:
+        layers = [self.layer(index, _UNKNOWN, _UNKNOWN) for index in range(first, min(first + count, len(self.ropes)))]
+        return [layer.kv for layer in layers if isinstance(layer, PagedLayer)]
 
     def correct_spans(
         self,

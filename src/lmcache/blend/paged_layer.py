@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmcache.blend.attention import QueryMask, Scoring
-from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, DenseRuns, dense_runs
+from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, DenseRuns, blocks_in_order, dense_runs, pays
 from lmcache.blend.layer_kv import LayerKV
 from lmcache.memory.to_device import to_device
 
@@ -66,6 +66,7 @@ class PromptPages:
         self._slots = slots
         self._block_size = block_size
         self._device = device
+        self._blocks: dict[tuple[int, int], torch.Tensor | None] = {}
         self._made: dict[int, tuple[QueryMask, DenseRuns | None]] = {}
 
     def runs(self, keys: slice, mask: QueryMask, scoring: Scoring) -> DenseRuns | None:
@@ -75,9 +76,18 @@ class PromptPages:
             return None
         held = self._made.get(id(mask))
         if held is None:  # the mask is kept, so that no other can have its id
-            runs = dense_runs(mask.positions_on_host, self._slots[keys], self._block_size, self._device)
-            held = self._made[id(mask)] = mask, runs
+            held = self._made[id(mask)] = mask, self._make(keys, mask.positions_on_host)
         return held[1]
+
+    def _make(self, keys: slice, positions: torch.Tensor) -> DenseRuns | None:
+        if not pays(len(positions), keys.stop - keys.start):
+            return None
+        prompt = keys.start, keys.stop
+        if prompt not in self._blocks:
+            blocks = blocks_in_order(self._slots[keys], self._block_size)
+            self._blocks[prompt] = None if blocks is None else to_device(blocks, self._device)
+        on_device = self._blocks[prompt]
+        return None if on_device is None else dense_runs(positions, on_device, self._device)
 
 
 class PagedLayer(LayerKV):

@@ -53,7 +53,14 @@ class ScoreAttention(BlendForward):
         self._corrects = correct_up_to is not None
         self._heads = heads
         self._asking: dict[tuple[Piece, int | None], list[_Asking]] = {}
+        self._last_look = max(layers)
         self._received: torch.Tensor | None = None
+        self._on_host: torch.Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def get_ready(self, piece: Piece, layer: LayerKV) -> None:
+        if self._corrects:
+            self.kv.get_ready(layer, piece.rows, piece.covers, piece.memo)
 
     def take(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:
         if self._corrects:
@@ -72,11 +79,26 @@ class ScoreAttention(BlendForward):
             if self._received is None:
                 self._received = torch.zeros(self.batch.num_rows, device=score.device)
             self._received[keys].add_(score, alpha=share / len(self._layers))
+        if layer.layer_id == self._last_look and piece.last and self._received is not None:
+            self._send(self._received)
 
     @property
     def received(self) -> torch.Tensor:
-        """On the CPU: the one time that an accelerator is waited for."""
-        return torch.zeros(self.batch.num_rows) if self._received is None else self._received.cpu()
+        """On the CPU. An accelerator is waited for up to the last layer that counts, not to the end of the forward."""
+        if self._on_host is None:
+            return torch.zeros(self.batch.num_rows)
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._on_host
+
+    def _send(self, received: torch.Tensor) -> None:
+        if received.device.type != "cuda":
+            self._on_host = received.cpu()
+            return
+        self._on_host = torch.empty(received.shape, pin_memory=True)
+        self._on_host.copy_(received, non_blocking=True)
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record()
 
     def _who_asks(self, piece: Piece, fresh: Fresh) -> list[_Asking]:
         asking = []

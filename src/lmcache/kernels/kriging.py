@@ -1,5 +1,5 @@
 """Kriging of many passages at once: the kernels behind :mod:`lmcache.blend.correctors.kriging_rows`, which has the
-formulas and is their reference. Seven launches a layer, whatever the number of passages."""
+formulas and is their reference. Seven launches, whatever the number of passages; five of them may serve many layers."""
 
 from __future__ import annotations
 
@@ -41,6 +41,24 @@ class Pieces:
     def padded(self) -> int:
         """Room for the fresh rows of a piece."""
         return -(-self.most // PANEL) * PANEL
+
+    def room_for_weights(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty((len(self.start), self.longest, self.padded), dtype=dtype, device=self.start.device)
+
+    def in_layers(self, count: int) -> Pieces:
+        """The same pieces in each of ``count`` layers, whose rows are counted one layer after the other."""
+        layer = torch.arange(count, dtype=torch.int32, device=self.start.device)[:, None]
+        num_rows, num_fresh = len(self.is_fresh), len(self.fresh)
+        return Pieces(
+            start=(layer * num_rows + self.start).flatten(),
+            length=self.length.repeat(count),
+            first=(layer * num_fresh + self.first).flatten(),
+            count=self.count.repeat(count),
+            fresh=(layer * num_rows + self.fresh).flatten(),
+            is_fresh=self.is_fresh.repeat(count),
+            longest=self.longest,
+            most=self.most,
+        )
 
 
 @triton.jit
@@ -246,11 +264,9 @@ def can_krige(kv: KVRows, most: int) -> bool:
     return most <= MAX_FRESH and dim == kv.value_dim and dim in (16, 32, 64, 128, 256)
 
 
-def krige(
+def krige_weights(
     kv: KVRows,
     pieces: Pieces,
-    fresh_keys: torch.Tensor,
-    fresh_values: torch.Tensor,
     *,
     passage: float,
     local: float,
@@ -258,19 +274,17 @@ def krige(
     alike: float,
     reach: float,
     noise: float,
-) -> None:
-    """Shift the rows of ``pieces`` that are not fresh by what the fresh ones show, in place.
-
-    ``fresh_keys`` and ``fresh_values`` are ``[number of fresh rows of the batch, kv_heads, dim]``, last dim dense; the
-    fresh rows of ``kv`` still hold what was moved.
-    """
-    count, padded, device = len(pieces.start), pieces.padded, fresh_keys.device
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How much the change of each fresh row counts for each row of its piece, ``[S, longest, padded]`` in the dtype of
+    the keys (``out``, if given). Hangs on the keys that were moved, and on no fresh one."""
+    count, padded, device = len(pieces.start), pieces.padded, kv.keys.device
     tiles, fresh_tiles = triton.cdiv(pieces.longest, _TILE), triton.cdiv(padded, _TILE)
     wide = torch.float32
     sums = torch.empty((count, tiles, 2), dtype=wide, device=device)
     covariance = torch.empty((count, pieces.longest, padded), dtype=wide, device=device)
     among = torch.empty((count, padded, padded), dtype=wide, device=device)
-    weights = torch.empty(covariance.shape, dtype=kv.keys.dtype, device=device)
+    weights = pieces.room_for_weights(kv.keys.dtype) if out is None else out
     exact = "ieee" if kv.keys.dtype == torch.float32 else "tf32"
     shape = {"HEADS": kv.num_heads, "DIM": kv.dim, "ALIGN": kv.alignment, "TILE": _TILE}
     launch(
@@ -334,6 +348,20 @@ def krige(
         PRECISION="tf32x3" if device.type == "cuda" else "ieee",
         num_warps=4,
     )
+    return weights
+
+
+def krige_shift(
+    kv: KVRows, pieces: Pieces, weights: torch.Tensor, fresh_keys: torch.Tensor, fresh_values: torch.Tensor
+) -> None:
+    """Shift the rows of ``pieces`` that are not fresh by what the fresh ones show, in place.
+
+    ``fresh_keys`` and ``fresh_values`` are ``[number of fresh rows of the batch, kv_heads, dim]``, last dim dense; the
+    fresh rows of ``kv`` still hold what was moved.
+    """
+    count, padded = len(pieces.start), pieces.padded
+    tiles = triton.cdiv(pieces.longest, _TILE)
+    exact = "ieee" if kv.keys.dtype == torch.float32 else "tf32"
     for held, head_stride, computed in (
         (kv.keys, kv.key_head_stride, fresh_keys),
         (kv.values, kv.value_head_stride, fresh_values),

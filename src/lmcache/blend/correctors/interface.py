@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
@@ -67,6 +68,21 @@ class RowCorrection:
     memo: Memo
 
 
+@dataclass(frozen=True)
+class RowsAhead:
+    """A layer of which fresh rows are still being computed: ``rows`` (int64, on the CPU) will be.
+
+    ``layers(n)``: this layer and up to ``n − 1`` behind it, whose moved KV is in place then. ``spans`` and ``memo`` are
+    those of the :class:`RowCorrection` that will come.
+    """
+
+    layer_id: int
+    rows: torch.Tensor
+    spans: tuple[tuple[int, int], ...]
+    memo: Memo
+    layers: Callable[[int], Sequence[KVRows]]
+
+
 class Corrector(ABC):
     """Called once a layer, after the fresh K and V are known and before they overwrite the moved ones. Stateless.
 
@@ -92,3 +108,7 @@ class BatchedCorrector(Corrector):
     @abstractmethod
     def correct_rows(self, layer: RowCorrection) -> None:
         """What :meth:`correct` does, up to rounding."""
+
+    def get_ready(self, ahead: RowsAhead) -> None:
+        """What does not hang on fresh rows, before :meth:`correct_rows` of the same layer. It is never recorded, so it
+        may do the work of several layers at a time."""

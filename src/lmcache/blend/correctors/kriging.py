@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lmcache.blend.correctors.interface import BatchedCorrector, LayerCorrection, RowCorrection
-from lmcache.blend.correctors.kriging_rows import Covariance, correct_pieces
+from lmcache.blend.correctors.interface import BatchedCorrector, LayerCorrection, RowCorrection, RowsAhead
+from lmcache.blend.correctors.kriging_rows import Covariance, correct_pieces, get_ready
 from lmcache.blend.correctors.sampled_span import PieceLimits, SampledSpan, sampled_spans
 from lmcache.blend.cpu_linear import linear
 
@@ -64,9 +64,15 @@ class KrigingCorrector(BatchedCorrector):
         for span in sampled_spans(layer, _LIMITS):
             self._correct(span)
 
+    def get_ready(self, ahead: RowsAhead) -> None:
+        get_ready(ahead, self._constants, _LIMITS)
+
     def correct_rows(self, layer: RowCorrection) -> None:
-        covariance = Covariance(self._passage, self._local, self._width, self._alike, self._reach, self._noise)
-        correct_pieces(layer, covariance, _LIMITS)
+        correct_pieces(layer, self._constants, _LIMITS)
+
+    @property
+    def _constants(self) -> Covariance:
+        return Covariance(self._passage, self._local, self._width, self._alike, self._reach, self._noise)
 
     def _correct(self, span: SampledSpan) -> None:
         covariance = self._covariance(span)

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from lmcache.blend.correctors.interface import RowCorrection
+from lmcache.blend.correctors.interface import RowCorrection, RowsAhead
 from lmcache.blend.correctors.sampled_span import PieceLimits, cut_spans
 from lmcache.kernels.availability import kernels_for
-from lmcache.memory.to_device import to_device
+
+if TYPE_CHECKING:
+    from lmcache.kernels.kv_rows import KVRows
 
 # Elements of the largest matrix of a batch: 128 MiB in float32.
 _MAX_ELEMENTS = 2**25
@@ -32,14 +34,12 @@ class Covariance:
 
 
 class Piece(NamedTuple):
-    """Rows ``start …`` of the batch, of which those at ``own`` (int64, counted from ``start``) are fresh: ``first …``
-    of the fresh tensors."""
+    """Rows ``start …`` of the batch, of which ``num_fresh`` are fresh: ``first …`` of the fresh ones."""
 
     start: int
     num_rows: int
     first: int
     num_fresh: int
-    own: torch.Tensor
 
 
 class PieceBatch:
@@ -50,7 +50,8 @@ class PieceBatch:
     ``is_fresh`` (bool ``[S, m]``) is False.
     """
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
+    def __init__(self, pieces: Sequence[Piece], fresh_rows: torch.Tensor, device: torch.device) -> None:
+        """``fresh_rows``: int64 ``[m]``, on the CPU, all of the batch."""
         rows = max(piece.num_rows for piece in pieces)
         most = max(piece.num_fresh for piece in pieces)
         tokens = torch.full((len(pieces), rows), -1, dtype=torch.int32)
@@ -59,7 +60,8 @@ class PieceBatch:
         is_fresh = torch.zeros((len(pieces), most), dtype=torch.bool)
         for index, piece in enumerate(pieces):
             tokens[index, : piece.num_rows] = torch.arange(piece.start, piece.start + piece.num_rows)
-            fresh[index, : piece.num_fresh] = piece.own
+            own = fresh_rows[piece.first : piece.first + piece.num_fresh] - piece.start
+            fresh[index, : piece.num_fresh] = own
             computed[index, : piece.num_fresh] = torch.arange(piece.first, piece.first + piece.num_fresh)
             is_fresh[index, : piece.num_fresh] = True
         self.tokens, self.fresh = tokens.to(device), fresh.to(device)
@@ -79,66 +81,69 @@ class PieceBatch:
         return exponent.exp_().mul_(of.local).add_(of.passage).mul_(self.weight[:, None])
 
 
+class PieceKriging(Protocol):
+    """Corrects some pieces, layer by layer."""
+
+    def get_ready(self, ahead: RowsAhead) -> None: ...
+
+    def correct(self, layer: RowCorrection) -> None: ...
+
+
+def get_ready(ahead: RowsAhead, of: Covariance, limits: PieceLimits) -> None:
+    """What :func:`correct_pieces` needs of moved KV alone."""
+    for way in _ways(ahead, ahead.layers(1)[0], limits, of):
+        way.get_ready(ahead)
+
+
 def correct_pieces(layer: RowCorrection, of: Covariance, limits: PieceLimits) -> None:
     """Shift what is not fresh of every span; a span beyond ``limits`` is cut."""
+    for way in _ways(layer, layer.kv.kernel_rows, limits, of):
+        way.correct(layer)
+
+
+def _ways(layer: RowCorrection | RowsAhead, kv: KVRows, limits: PieceLimits, of: Covariance) -> list[PieceKriging]:
     key = ("kriging", layer.spans, of)
-    correct = layer.memo.get(key)
-    if correct is None:
-        correct = layer.memo[key] = _made(layer, limits, of)
-    correct(layer)
+    ways: list[PieceKriging] | None = layer.memo.get(key)
+    if ways is None:
+        ways = layer.memo[key] = _made(layer.spans, layer.rows, kv, limits, of)
+    return ways
 
 
-def _made(layer: RowCorrection, limits: PieceLimits, of: Covariance) -> Callable[[RowCorrection], None]:
-    pieces = _pieces(layer, limits)
-    if not kernels_for(layer.fresh_keys.device):
-        return _by_torch(layer, pieces, of)
+def _made(
+    spans: Sequence[tuple[int, int]], rows: torch.Tensor, kv: KVRows, limits: PieceLimits, of: Covariance
+) -> list[PieceKriging]:
+    pieces = [
+        Piece(start, end - start, first, last - first) for start, end, first, last in cut_spans(spans, rows, limits)
+    ]
+    device = kv.keys.device
+    if not kernels_for(device):
+        return [_ByTorch(pieces, rows, device, of)]
+    from lmcache.blend.correctors.kriging_kernels import KernelKriging
     from lmcache.kernels.kriging import can_krige
 
-    small = [piece for piece in pieces if can_krige(layer.kv.kernel_rows, piece.num_fresh)]
-    large = [piece for piece in pieces if not can_krige(layer.kv.kernel_rows, piece.num_fresh)]
-    ways = [way(layer, some, of) for way, some in ((_by_kernels, small), (_by_torch, large)) if some]
-
-    def correct(layer: RowCorrection) -> None:
-        for way in ways:
-            way(layer)
-
-    return correct
-
-
-def _by_torch(layer: RowCorrection, pieces: list[Piece], of: Covariance) -> Callable[[RowCorrection], None]:
-    made = [PieceBatch(batch, layer.fresh_keys.device) for batch in _batches(pieces, alike=True)]
-    batches = [(batch, batch.nearness(of)) for batch in made]
-
-    def correct(layer: RowCorrection) -> None:
-        for batch, nearness in batches:
-            _correct(layer, batch, nearness, of)
-
-    return correct
+    small = [piece for piece in pieces if can_krige(kv, piece.num_fresh)]
+    large = [piece for piece in pieces if not can_krige(kv, piece.num_fresh)]
+    ways: list[PieceKriging] = []
+    if small:
+        # Only room is lost where one is shorter.
+        ways.append(KernelKriging(batches(small, alike=False), rows, len(kv.offsets), device, of))
+    if large:
+        ways.append(_ByTorch(large, rows, device, of))
+    return ways
 
 
-def _by_kernels(layer: RowCorrection, pieces: list[Piece], of: Covariance) -> Callable[[RowCorrection], None]:
-    from lmcache.kernels.kriging import Pieces, krige
+class _ByTorch:
+    def __init__(self, pieces: list[Piece], rows: torch.Tensor, device: torch.device, of: Covariance) -> None:
+        made = [PieceBatch(batch, rows, device) for batch in batches(pieces, alike=True)]
+        self._batches = [(batch, batch.nearness(of)) for batch in made]
+        self._of = of
 
-    device = layer.fresh_keys.device
-    is_fresh = torch.zeros(len(layer.kv.kernel_rows.offsets), dtype=torch.uint8)
-    is_fresh[layer.rows] = 1
-    fresh, is_fresh = to_device(layer.rows.to(torch.int32), device), to_device(is_fresh, device)
-    batches = []
-    for batch in _batches(pieces, alike=False):  # only room is lost where one is shorter
-        # Each row begins at a multiple of 16 bytes: kernels are compiled once for all numbers of pieces.
-        numbers = torch.zeros((4, -(-len(batch) // 4) * 4), dtype=torch.int32)
-        for index, p in enumerate(batch):
-            numbers[:, index] = torch.tensor([p.start, p.num_rows, p.first, p.num_fresh])
-        starts, lengths, firsts, counts = to_device(numbers, device)[:, : len(batch)].unbind(0)
-        longest, most = (max(count) for count in zip(*((p.num_rows, p.num_fresh) for p in batch), strict=True))
-        batches.append(Pieces(starts, lengths, firsts, counts, fresh, is_fresh, longest, most))
-    constants = asdict(of)
+    def get_ready(self, ahead: RowsAhead) -> None:
+        """Nothing is kept."""
 
-    def correct(layer: RowCorrection) -> None:
-        for batch in batches:
-            krige(layer.kv.kernel_rows, batch, layer.fresh_keys, layer.fresh_values, **constants)
-
-    return correct
+    def correct(self, layer: RowCorrection) -> None:
+        for batch, nearness in self._batches:
+            _correct(layer, batch, nearness, self._of)
 
 
 def _correct(layer: RowCorrection, batch: PieceBatch, nearness: torch.Tensor, of: Covariance) -> None:
@@ -200,15 +205,7 @@ def _inverse(matrices: torch.Tensor) -> torch.Tensor:
     return torch.bmm(rest.transpose(1, 2), rest)
 
 
-def _pieces(layer: RowCorrection, limits: PieceLimits) -> list[Piece]:
-    """Those with a fresh row."""
-    return [
-        Piece(start, end - start, first, last - first, layer.rows[first:last] - start)
-        for start, end, first, last in cut_spans(layer.spans, layer.rows, limits)
-    ]
-
-
-def _batches(pieces: list[Piece], *, alike: bool) -> Iterator[list[Piece]]:
+def batches(pieces: list[Piece], *, alike: bool) -> Iterator[list[Piece]]:
     """Few batches, with ``alike`` of pieces of like size."""
     batch: list[Piece] = []
     rows = most = 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from lmcache.blend.correctors.interface import LayerCorrection, Memo
@@ -99,13 +100,14 @@ def cut_spans(
 ) -> Iterator[tuple[int, int, int, int]]:
     """The pieces with a recomputed token: the half-open range of their rows, and that of the ones in ``rows`` (int64,
     on the CPU, ascending)."""
+    ascending = rows.numpy()
     for start, end in spans:
         pieces = 1 if limits is None else -(-(end - start) // limits.tokens)
         edges = [start + (end - start) * piece // pieces for piece in range(pieces + 1)]
         waiting = list(pairwise(edges))
         while waiting:
             begin, stop = waiting.pop(0)
-            first, last = torch.searchsorted(rows, torch.tensor([begin, stop])).tolist()
+            first, last = np.searchsorted(ascending, (begin, stop)).tolist()
             if limits is not None and last - first > limits.fresh:
                 middle = (begin + stop) // 2
                 waiting[:0] = [(begin, middle), (middle, stop)]

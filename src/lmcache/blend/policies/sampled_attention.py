@@ -45,19 +45,16 @@ class SampledAttentionPolicy(SelectionPolicy):
         self._attention = QueryAttentionPolicy(span, layers, heads)
 
     def select(self, context: SelectionContext) -> torch.Tensor:
-        spaced = self._evenly_spaced(context) & undecided(context)
-        sample = context.choose(torch.zeros(context.num_rows), within=spaced)
-        early = sample & ~context.forced
-        scores = self._attention.scores(context, early if bool(early.any()) else None)
+        sample = self._evenly_spaced(context)
+        scores = self._attention.scores(context, sample if bool(sample.any()) else None)
         return context.choose(scores, already=sample)
 
     def _evenly_spaced(self, context: SelectionContext) -> torch.Tensor:
-        """bool ``[N]``: one token in the middle of every so many of a passage."""
-        shares = torch.zeros(context.num_rows, dtype=torch.float64)
+        """bool ``[N]``: in each prompt one in the middle of every so many tokens that may be chosen."""
+        rows = undecided(context)
         for (start, end), ratio in zip(context.prompts, context.ratios, strict=True):
-            shares[start:end] = min(self._sample * ratio, self._at_most)
-        spaced = torch.zeros(context.num_rows, dtype=torch.bool)
-        for start, end in context.spans:
-            until = torch.arange(end - start + 1) * shares[start] + 0.5
-            spaced[start:end] = until[1:].floor() > until[:-1].floor()
-        return spaced
+            ordinal = rows[start:end].cumsum(0).double()  # from 1
+            share = min(self._sample * ratio, self._at_most)
+            until = (ordinal * share + 0.5).floor()
+            rows[start:end] &= until > ((ordinal - 1) * share + 0.5).floor()
+        return rows

@@ -30,20 +30,20 @@ def flash_attention(layer: Any) -> DenseAttention | None:
         q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, runs: DenseRuns, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = flash_attn_varlen_func(
-            q=q,
+            q=q.index_select(0, runs.order),
             k=key_pages,
             v=value_pages,
             max_seqlen_q=RUN_TOKENS,
             cu_seqlens_q=runs.starts,
             max_seqlen_k=runs.most_keys,
-            seqused_k=runs.keys,
+            seqused_k=runs.keys_in_order,
             block_table=runs.blocks,
             softmax_scale=scale,
             causal=False,
             return_softmax_lse=True,
             fa_version=3,
         )
-        return out.contiguous(), lse.contiguous()
+        return out.index_select(0, runs.back), lse.index_select(1, runs.back)
 
     try:
         error = _error(attend, layer)
@@ -64,8 +64,7 @@ def _error(attend: DenseAttention, layer: Any) -> float:
     keys, values = torch.randn(2, _KEYS, layer.num_kv_heads, layer.head_size, device="cuda").to(torch.bfloat16)
     positions = torch.arange(_KEYS - 1, 0, -_KEYS // (6 * RUN_TOKENS)).flip(0)
     q = torch.randn(len(positions), layer.num_heads, layer.head_size, device="cuda").to(torch.bfloat16)
-    runs = dense_runs(positions, torch.arange(_KEYS), _BLOCK, q.device)
-    assert runs is not None
+    runs = dense_runs(positions, torch.arange(_KEYS // _BLOCK, dtype=torch.int32, device="cuda"), q.device)
     scale = layer.head_size**-0.5
     at, rows = positions.to("cuda", torch.int32), KVRows.of_tensors(keys, values)
     pages = [plane.view(-1, _BLOCK, *plane.shape[1:]) for plane in (keys, values)]
