@@ -118,8 +118,9 @@ class CapturedModel:
         device, with ``n`` at most :attr:`max_rows`."""
         count = len(input_ids)
         forward = next(forward for forward in self._forwards if forward.size >= count)
-        self._ids[:count].copy_(input_ids)
-        self._positions[:count].copy_(positions)
+        # Blocking, they would wait for all that was queued before.
+        self._ids[:count].copy_(input_ids, non_blocking=True)
+        self._positions[:count].copy_(positions, non_blocking=True)
         for layer in forward.layers:
             layer.graph.replay()
             q, k, v, attended = (x[:count] for x in layer.seam)
