@@ -130,10 +130,6 @@ class _Blend(Generic[Output]):
     def run(self, fallbacks: tuple[str | None, ...], on_layer: OnLayer | None, kv_only: bool) -> BlendResult[Output]:
         start = time.perf_counter()
         computed = self._select()
-        plans = tuple(
-            plan.select(computed[begin:end], self._policy.name)
-            for plan, (begin, end) in zip(self._batch.plans, self._batch.prompts, strict=True)
-        )
         planned = time.perf_counter()
         before = self._moving()
         last_layer = self._host.num_layers - 1 if kv_only else None
@@ -141,6 +137,11 @@ class _Blend(Generic[Output]):
             output = Recompute(self._batch, self._kv, computed, self._max_rows, on_layer, last_layer).run(self._host)
         assert kv_only or output is not None, "the host stopped a forward that nobody asked it to stop"
         recompute = time.perf_counter() - planned - (self._moving() - before)
+        # Only now: an accelerator would have had to wait for it.
+        plans = tuple(
+            plan.select(computed[begin:end], self._policy.name)
+            for plan, (begin, end) in zip(self._batch.plans, self._batch.prompts, strict=True)
+        )
         keys, values = self._kv.tensors()
         return BlendResult(
             output=output,
