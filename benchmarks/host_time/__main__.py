@@ -5,7 +5,8 @@
 No GPU: kernels, streams and copies are stand-ins that do nothing. Both roles of the connector for vLLM run as they do
 in a step, with vLLM's own request objects: ``new`` prompts were never seen, a ``reload`` is known whole, a ``blend``
 is known documents of 1,024 tokens in another order. ``first copy`` is the time from the look-up to the first copy that
-is queued; the rest of a blend runs beside the copies.
+is queued; the rest of a blend runs beside the copies. What was done while the system took the core away is
+done again, twice at most.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from benchmarks.host_time.stand_ins import install
 from lmcache.bench.machine import describe_machine
 
 DOCUMENT, SYSTEM, QUESTION = 1024, 48, 32
+_TRIES = 3
 KINDS = ("new", "reload", "blend")
 
 
@@ -125,24 +127,27 @@ def measure(lengths: list[int], runs: int, profile: str | None) -> None:
         engine.keep(prompts.tokens(longest))
     rows: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     profiler = cProfile.Profile()
+    gc.collect()
+    gc.disable()
     for length in lengths:
         known = prompts.tokens(length + SYSTEM + QUESTION)
         engine.keep(known)
+        makes: dict[str, tuple[Callable[[], list[int]], dict[str, Any] | None]] = {
+            "new": (partial(prompts.tokens, len(known)), None),
+            "reload": (partial(list, known), {"lmcache.blend": False}),
+            "blend": (partial(prompts.over, documents, length // DOCUMENT), None),
+        }
         for number in range(-2, runs):
-            asked: dict[str, tuple[list[int], dict[str, Any] | None]] = {
-                "new": (prompts.tokens(len(known)), None),
-                "reload": (list(known), {"lmcache.blend": False}),
-                "blend": (prompts.over(documents, length // DOCUMENT), None),
-            }
-            for kind, (tokens, params) in asked.items():
-                watch.spent.clear()
-                gc.collect()
-                gc.disable()
-                if profile == kind and number >= 0 and length == max(lengths):
-                    profiler.enable()
-                answer = engine.ask(tokens, params)
-                profiler.disable()
-                gc.enable()
+            for kind, (make, params) in makes.items():
+                for _ in range(_TRIES):
+                    tokens = make()
+                    watch.spent.clear()
+                    if profile == kind and number >= 0 and length == max(lengths):
+                        profiler.enable()
+                    answer = engine.ask(tokens, params)
+                    profiler.disable()
+                    if not answer.disturbed:
+                        break
                 if number < 0:
                     continue
                 rows[kind, "first copy"][length].append(1e3 * answer.until_copy)

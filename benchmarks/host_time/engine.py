@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -33,10 +34,12 @@ CHUNK, BLOCK = 256, 16
 @dataclass
 class Answer:
     """``until_copy``: seconds from the request's arrival at the scheduler role to the first copy (of a blend: of its
-    passages), without what vLLM itself does in between; ``total``: to the end of the worker role's step."""
+    passages), without what vLLM itself does in between; ``total``: to the end of the worker role's step.
+    ``disturbed``: the system took the core away meanwhile."""
 
     until_copy: float
     total: float
+    disturbed: bool
     summary: dict[str, Any]
 
 
@@ -93,6 +96,7 @@ class HostEngine:
         request, output = self._request(tokens, params)
         scheduler, worker, first_at = self._scheduler, self._worker, self._copies.at
         first_at.clear()
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
         start = time.perf_counter()
         matched = scheduler.get_num_new_matched_tokens(request, 0)
         assert matched is not None
@@ -105,12 +109,13 @@ class HostEngine:
         until_copy = first_at.get("passages", first_at.get("prefix", time.perf_counter())) - start
         worker.wait_for_save()
         total = time.perf_counter() - start
+        disturbed = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw != before
         assert not self.shared.failed_loads, self.shared.failed_loads
         self.shared.saves.wait()
         _, summary = scheduler.request_finished(request, self._blocks)
         assert summary is not None
         worker.get_finished()
-        return Answer(until_copy, total, summary["lmcache"])
+        return Answer(until_copy, total, disturbed, summary["lmcache"])
 
     def close(self) -> None:
         self._scheduler.close()

@@ -144,11 +144,12 @@ class _Blend(Generic[Output]):
             output = forward.run(self._host)
         assert kv_only or output is not None, "the host stopped a forward that nobody asked it to stop"
         recompute = time.perf_counter() - planned - (self._moving() - before)
-        keys, values = self._kv.tensors()
+        # Only now: an accelerator would have had to wait for it.
         plans = tuple(
             plan.select(computed[begin:end], self._policy.name)
             for plan, (begin, end) in zip(self._batch.plans, self._batch.prompts, strict=True)
         )
+        keys, values = self._kv.tensors()
         return BlendResult(
             output=output,
             keys=keys,

@@ -96,7 +96,7 @@ def find_matches(
     behind: npt.NDArray[np.uint32] = token_array(tokens)[start:]
     exact_tokens = start if ranges is None else 0
     found = known.find(behind, namespace, max(min_tokens, WINDOW), _seams(start, ranges), exact_tokens)
-    return [_shifted(match, start) for match in found]
+    return [_shifted(match, start) for match in found] if start else found
 
 
 def ask_others(
@@ -156,7 +156,5 @@ def _seams(start: int, ranges: list[Range] | None) -> list[int]:
 
 
 def _shifted(match: PassageMatch[CacheKey], by: int) -> PassageMatch[CacheKey]:
-    if not by:
-        return match
-    pieces = tuple(Piece(start + by, end + by, key, offset) for start, end, key, offset in match.pieces)
+    pieces = tuple(Piece(each.start + by, each.end + by, each.key, each.offset) for each in match.pieces)
     return PassageMatch(match.start + by, match.end + by, match.old_start, pieces)

@@ -37,9 +37,16 @@ class LayerKV:
         self.layer_id = layer_id
         self.keys = keys
         self.values = values
-        self._fresh = torch.zeros(len(keys), dtype=torch.bool)
+        self._num_rows = len(keys)
         self.corrected_to = 0
-        self.change = {"k": torch.zeros(len(keys)), "v": torch.zeros(len(keys))}
+
+    @cached_property
+    def _fresh(self) -> torch.Tensor:
+        return torch.zeros(self._num_rows, dtype=torch.bool)
+
+    @cached_property
+    def change(self) -> dict[str, torch.Tensor]:
+        return {"k": torch.zeros(self._num_rows), "v": torch.zeros(self._num_rows)}
 
     @property
     def fresh(self) -> torch.Tensor:

@@ -79,7 +79,7 @@ class PagedBatchKV(BatchKV):
         if self._moved:
             # Before the layers, which fill the way to the device for milliseconds.
             self._sent.rows(self._rows)
-            for rope in ropes:
+            for rope in {id(rope): rope for rope in ropes}.values():
                 self._turns_of(rope)
         self._staged.begin()
         self._replays: LayerReplays | None = None
@@ -117,11 +117,11 @@ class PagedBatchKV(BatchKV):
 
     def _turns_of(self, rope: FusedRope | None) -> Turns | None:
         """How far each of the moved rows turns; layers with one rope share it."""
-        from lmcache.kernels.kv_write import Turns
-
         if rope is None:
             return None
         if id(rope) not in self._turns:
+            from lmcache.kernels.kv_write import Turns
+
             turned, numbers = self._turned_singly(rope) if rope.depends_on_length else self._turned_by_distance(rope)
             cos, sin = to_device(turned.to(torch.float32), self._sent.device).unbind(0)
             of_row = to_device(numbers.to(torch.int32), self._sent.device)

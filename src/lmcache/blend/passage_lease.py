@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from lmcache.blend.chunk_source import ChunkPart
 from lmcache.keys import CacheKey
@@ -30,7 +30,8 @@ class PassagePiece(Protocol):
 PieceT = TypeVar("PieceT", bound=PassagePiece)
 
 
-class Run(NamedTuple, Generic[PieceT]):
+@dataclass(frozen=True)
+class Run(Generic[PieceT]):
     """Consecutive ``pieces`` of match number ``match``, cut to the tokens ``[start, end)``."""
 
     match: int
@@ -203,7 +204,7 @@ class PassageLease:
         with self._changed:
             pieces = self._passages[match] if match < len(self._passages) else []
             for run in runs_of([pieces], _is_held, start, end, end - start, 0):
-                return _joined(run._replace(match=match))
+                return _joined(replace(run, match=match))
         raise ValueError(f"tokens [{start}, {end}) of match {match} are not held")
 
     def tiers(self) -> list[list[str]]:

@@ -143,8 +143,11 @@ class StagedLayers:
         self._runs = _Runs()
         self._others: list[_Other] = []
         runs: list[int] = []  # how many rows of K, then as many of V
+        staged = 0
         for placed in spans:
-            runs += self._plan(placed, 2 * sum(runs), dtype)
+            counts_of_span = self._plan(placed, staged, dtype)
+            staged += 2 * sum(counts_of_span)
+            runs += counts_of_span
         counts = np.array(runs, dtype=np.int32)
         before = np.repeat(np.cumsum(counts) - counts, counts)
         k_from = (np.arange(len(before)) + before).astype(np.int32)

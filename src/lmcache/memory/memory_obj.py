@@ -38,7 +38,7 @@ class MemoryObj:
     that gives back one reference.
     """
 
-    __slots__ = ("_bytes", "_lock", "_release", "offset", "ref_count", "spec")
+    __slots__ = ("_address", "_bytes", "_lock", "_release", "offset", "ref_count", "spec")
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class MemoryObj:
         self.offset = offset
         self.ref_count = 1
         self._bytes: torch.Tensor | None = buffer
+        self._address = buffer.data_ptr()
         self._release = release
         self._lock = lock or threading.Lock()
 
@@ -73,7 +74,9 @@ class MemoryObj:
     @property
     def address(self) -> int:
         """Where :attr:`bytes` begin."""
-        return self.padded_bytes.data_ptr()
+        if self._bytes is None:
+            raise RuntimeError("MemoryObj used after its last reference was given back")
+        return self._address
 
     @property
     def padded_bytes(self) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -117,7 +118,13 @@ class KnownPassages:
         matches = self._index.find(
             tokens, min_tokens, namespace=namespace, seams=(0, *seams), exact_tokens=exact_tokens
         )
-        return [run for match in matches for run in self._living(match) if run_length(run, exact_tokens) >= min_tokens]
+        living = iter(self._alive_each([piece.key for match in matches for piece in match.pieces]))
+        return [
+            run
+            for match in matches
+            for run in self._living(match, list(islice(living, len(match.pieces))))
+            if run_length(run, exact_tokens) >= min_tokens
+        ]
 
     def clear(self) -> None:
         """Forget what the cache has forgotten."""
@@ -144,10 +151,9 @@ class KnownPassages:
         if self._catalog is not None:
             self._catalog.remove(key)
 
-    def _living(self, match: PassageMatch[CacheKey]) -> Iterator[PassageMatch[CacheKey]]:
-        """The parts of ``match`` between chunks that were evicted."""
+    def _living(self, match: PassageMatch[CacheKey], living: list[bool]) -> Iterator[PassageMatch[CacheKey]]:
+        """The parts of ``match`` between chunks that were evicted; ``living`` says which were not."""
         run: list[Piece[CacheKey]] = []
-        living = self._alive_each([piece.key for piece in match.pieces])
         if living and all(living):
             yield match
             return

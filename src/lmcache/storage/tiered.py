@@ -87,6 +87,8 @@ class TieredStorage(KVStorage):
             return [False] * len(keys)
         probes = [tier.contains for tier in (*self._keeping, *self._sources)]
         try:
+            if len(probes) == 1:
+                return list(map(probes[0], keys))
             return [any(contains(key) for contains in probes) for key in keys]
         except Exception:  # of a tier: whose keys these are is found out one by one
             return [bool(self.find([key])) for key in keys]
