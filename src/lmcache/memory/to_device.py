@@ -24,6 +24,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.pin_memory().to(device, non_blocking=True)
     sent = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     step = _INLINE_BYTES // tensor.element_size()
-    for there, here in zip(sent.flatten().split(step), tensor.flatten().split(step), strict=True):
-        there.copy_(here, non_blocking=True)
+    there, here = sent.flatten(), tensor.flatten()
+    for start in range(0, len(here), step):
+        there[start : start + step].copy_(here[start : start + step], non_blocking=True)
     return sent

@@ -22,6 +22,8 @@ class SampledAttentionPolicy(SelectionPolicy):
         sample: the share of the budget that goes to evenly spaced tokens, above 0 and at most 1.
         at_most: of the reused tokens; what a larger ratio allows beyond goes to those that are looked at.
 
+        layers: as there. Beyond the last of them tokens are chosen while the GPU still computes the sample.
+
     Other arguments are those of :class:`QueryAttentionPolicy`.
     """
 
@@ -32,7 +34,7 @@ class SampledAttentionPolicy(SelectionPolicy):
         sample: float = 0.5,
         at_most: float = 0.1,
         span: int = 8,
-        layers: LayerChoice = "late",
+        layers: LayerChoice = (0.4, 0.8),
         heads: HeadReduction = "mean",
     ) -> None:
         for option, value in (("sample", sample), ("at_most", at_most)):
