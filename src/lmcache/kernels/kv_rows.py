@@ -15,6 +15,9 @@ class KVRows:
 
     ``offsets`` (int64 ``[N]``, on the device) are the same in all layers of an engine; all are multiples of
     ``alignment``, as are the head strides.
+
+    ``key_scale`` and ``value_scale`` (float32 ``[1]``, on the device) come with fp8 ``keys`` and ``values``, and only
+    with those: real numbers are stored ones times that.
     """
 
     keys: torch.Tensor
@@ -26,13 +29,21 @@ class KVRows:
     key_head_stride: int
     value_head_stride: int
     alignment: int
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
 
     def part(self, rows: slice) -> KVRows:
         return replace(self, offsets=self.offsets[rows])
 
-    def at(self, keys: torch.Tensor, values: torch.Tensor) -> KVRows:
+    def at(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_scale: torch.Tensor | None = None,
+        value_scale: torch.Tensor | None = None,
+    ) -> KVRows:
         """The same rows of another layer."""
-        return replace(self, keys=keys, values=values)
+        return replace(self, keys=keys, values=values, key_scale=key_scale, value_scale=value_scale)
 
     @classmethod
     def of_tensors(cls, keys: torch.Tensor, values: torch.Tensor) -> KVRows:
