@@ -15,6 +15,7 @@ import torch
 from lmcache.blend.batch import BlendBatch
 from lmcache.blend.correctors.interface import BatchedCorrector, Corrector, LayerCorrection, Memo, RowCorrection
 from lmcache.blend.dense_runs import DenseAttention
+from lmcache.blend.fp8_pages import FP8_DTYPES, Fp8Pages
 from lmcache.blend.graph_recorder import WorkRecorder
 from lmcache.blend.layer_kv import BatchKV, LayerKV, PromptLoadError
 from lmcache.blend.layer_replay import LayerReplays
@@ -44,10 +45,12 @@ class PagedBatchKV(BatchKV):
         ring: StagingRing,
         dense: DenseAttention | None = None,
         recorder: WorkRecorder | None = None,
+        fp8: Fp8Pages | None = None,
     ) -> None:
         """``slots``: int64 ``[N]`` on the CPU, one for every row of the batch. ``exact``: bool ``[N]``, rows whose KV
-        is in the pages and stays as it is, whatever is computed. ``dense``: the engine's own attention. ``recorder``:
-        spares the host the work that is the same in all layers."""
+        is in the pages and stays as it is, whatever is computed. ``dense``: the engine's own attention; not of fp8.
+        ``recorder``: spares the host the work that is the same in all layers. ``fp8``: None where the pages hold real
+        numbers."""
         from lmcache.blend.page_rows import page_offsets, page_rows
 
         super().__init__(batch, ropes, corrector)
@@ -56,10 +59,15 @@ class PagedBatchKV(BatchKV):
         self._staged = StagedLayers(self._moved, len(ropes), (layout.num_heads, layout.head_dim), layout.dtype, ring)
         self._connector = connector
         self._sent = OnDevice(ring.device, exact)
-        self._pages = PromptPages(slots, layout.block_size, ring.device, dense)
+        self._pages = PromptPages(slots, layout.block_size, ring.device, dense if fp8 is None else None)
         offsets = to_device(page_offsets(layout, slots), ring.device)
         self._planes = [layout.plane_views(connector.tensors, layer) for layer in range(len(ropes))]
-        self._kv = page_rows(layout, self._planes[0][0], self._planes[0][1], offsets)
+        if fp8 is not None:
+            self._planes = [
+                (*(plane.view(fp8.dtype) for plane in planes), *scales)
+                for planes, scales in zip(self._planes, fp8.of_layers, strict=True)
+            ]
+        self._kv = page_rows(layout, self._planes[0][0], self._planes[0][1], offsets).at(*self._planes[0])
         spans = [np.arange(*placed.rows) for placed in self._moved]
         self._rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *spans]))
         self._froms = tuple(to_device(rows, ring.device) for rows in (self._staged.k_from, self._staged.v_from))
@@ -72,12 +80,14 @@ class PagedBatchKV(BatchKV):
         self._staged.begin()
         self._replays: LayerReplays | None = None
         if recorder is not None and corrector.alike_in_layers:
-            self._replays = LayerReplays.of(recorder, [(planes[0], planes[1]) for planes in self._planes], self._kv)
+            scales = None if fp8 is None or fp8.alike else fp8.table
+            planes = [(planes[0], planes[1]) for planes in self._planes]
+            self._replays = LayerReplays.of(recorder, planes, self._kv, scales)
 
     def load(self, layer_id: int, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
         from lmcache.kernels.kv_write import place
 
-        layer = PagedLayer(layer_id, self._kv.at(*self._planes[layer_id][:2]), self._sent, self._pages)
+        layer = PagedLayer(layer_id, self._kv.at(*self._planes[layer_id]), self._sent, self._pages)
         if not self._moved:
             return layer
         try:
@@ -86,6 +96,8 @@ class PagedBatchKV(BatchKV):
             raise PromptLoadError(error.prompt, str(error)) from error
         sent = self._sent
         k_from, v_from = self._froms
+        if staged.dtype != layer.kv.keys.dtype:
+            staged = staged.view(layer.kv.keys.dtype)
         place(staged, k_from, v_from, sent.rows(self._rows), layer.kv, self._turns_of(self.ropes[layer_id]))
         self._staged.done(layer_id)
         return layer
@@ -190,17 +202,23 @@ class _CorrectionIndex(NamedTuple):
         return cls(rows.to(device), positions.to(device), every_row.to(device), moved.to(device))
 
 
-def can_blend_in_pages(connector: PagedConnector, ropes: Sequence[FusedRope | None]) -> bool:
+def can_blend_in_pages(
+    connector: PagedConnector, ropes: Sequence[FusedRope | None], fp8: Fp8Pages | None = None
+) -> bool:
     """Whether kernels can blend in these pages."""
-    from lmcache.kernels.availability import kernels_for
+    from lmcache.kernels.availability import fp8_kernels_for, kernels_for
 
     layout = connector.kv_layout
+    if fp8 is None:
+        known = layout.dtype in _DTYPES
+    else:
+        known = fp8.dtype in FP8_DTYPES and layout.dtype in (fp8.dtype, torch.uint8) and fp8_kernels_for(fp8.device)
     return (
         kernels_for(connector.tensors[0].device)
         and len(layout.planes) == 2
         and layout.planes[0].strides == layout.planes[1].strides
         and layout.planes[0].strides[3] == 1
         and layout.head_dim <= 256
-        and layout.dtype in _DTYPES
+        and known
         and not any(rope is not None and rope.rotary_at_end for rope in ropes)
     )

@@ -5,11 +5,8 @@ Reference: ``torch.clamp`` and ``torch.Tensor.to``.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @triton.jit
