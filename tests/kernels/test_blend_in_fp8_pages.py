@@ -5,9 +5,9 @@ Two references blend in tensors of their own, in float32, what the pages and chu
 One rounds to fp8 whenever the pages do. Only what lies between two numbers of fp8 may come out as the other one then: a
 few in a thousand, by a 16th to an 8th of themselves each.
 
-The other never rounds. A number of e4m3 is off by 2.6 % of itself in the mean (by up to half a step, which is a 32nd to a
-16th of it), one of e5m2 by twice that. A key is rounded when it is moved and again when it is corrected, and layers add
-their own to what they are given: four times the one rounding must do.
+The other never rounds. A number of e4m3 is off by 2.6 % of itself in the mean (by up to half a step, which is a 32nd to
+a 16th of it), one of e5m2 by twice that. A key is rounded when it is moved and again when it is corrected, and layers
+add their own to what they are given: four times the one rounding must do.
 """
 
 from __future__ import annotations
