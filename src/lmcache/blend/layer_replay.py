@@ -46,7 +46,7 @@ class LayerReplays:
         self._distances = distances
         self._first_layer = rows.offsets
         self._rows = replace(rows, offsets=rows.offsets.clone())
-        self._scales = scales
+        self._scales = None if scales is None else scales.unbind(0)
         if scales is not None:
             self._scales_in_use = scales[0].clone()
             key_scale, value_scale = scales_in(self._scales_in_use)
