@@ -191,7 +191,7 @@ def _write_kernel(
     k = tl.load((FROM_K + i.to(tl.int64) * from_k_row + h * from_k_head)[:, None] + d[None, :], mask=whole, other=0.0)
     v = tl.load((FROM_V + i.to(tl.int64) * from_v_row + h * from_v_head)[:, None] + d[None, :], mask=whole, other=0.0)
     if K_SCALE is not None:
-        # Divided as exactly as vLLM does it, so that rows that it would write too get the same bytes.
+        # Divided as exactly as vLLM does it, so that rows that it would write too get the same numbers.
         k = tl.div_rn(k.to(tl.float32), tl.load(K_SCALE))
         v = tl.div_rn(v.to(tl.float32), tl.load(V_SCALE))
     if ADD:
