@@ -26,7 +26,7 @@ import torch
 from triton.testing import do_bench
 
 from lmcache.bench.machine import describe_machine
-from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, dense_runs, pays
+from lmcache.blend.dense_runs import DenseAttention, dense_runs, pays, run_tokens
 from lmcache.kernels.kv_rows import KVRows
 from lmcache.kernels.sparse_attention import SeenByAll, sparse_attention
 
@@ -75,11 +75,13 @@ class Case:
     def joined(self, dense: DenseAttention) -> Callable[[], torch.Tensor] | None:
         if not pays(len(self.positions), self.keys):
             return None
-        runs = dense_runs(self.positions, self.blocks.to(self.q.device, torch.int32), self.q.device)
+        runs = dense_runs(
+            self.positions, self.blocks.to(self.q.device, torch.int32), self.q.device, run_tokens(HEADS // KV_HEADS)
+        )
 
         def attend() -> torch.Tensor:
             out, lse = dense(self.q, self.pages[:, 0], self.pages[:, 1], runs, SCALE)
-            seen = SeenByAll(RUN_TOKENS, runs.keys, out, lse)
+            seen = SeenByAll(runs.tokens, runs.keys, out, lse)
             return sparse_attention(self.q, self.rows, self.on_device, scale=SCALE, seen_by_all=seen)[0]
 
         return attend

@@ -24,6 +24,7 @@ from lmcache.blend.attention import attention_received as received_reference
 from lmcache.blend.attention import sparse_attention as attention_reference
 from lmcache.blend.correctors.interface import RowCorrection
 from lmcache.blend.correctors.kriging import KrigingCorrector
+from lmcache.blend.fp8_pages import FP8_DTYPES
 from lmcache.kernels.attention_received import attention_received
 from lmcache.kernels.kv_read import deviation, read
 from lmcache.kernels.kv_rows import KVRows
@@ -44,17 +45,25 @@ def pages(num_tokens: int, dtype: torch.dtype, kv_heads: int = KV_HEADS, dim: in
     table = torch.randperm(blocks, device="cuda")
     token = torch.arange(num_tokens, device="cuda")
     offsets = table[token // BLOCK] * kv.stride(0) + token % BLOCK * kv.stride(2)
-    return KVRows(kv[:, 0], kv[:, 1], offsets, kv_heads, dim, dim, kv.stride(3), kv.stride(3), 16)
+    rows = KVRows(kv[:, 0], kv[:, 1], offsets, kv_heads, dim, dim, kv.stride(3), kv.stride(3), 16)
+    if dtype.itemsize > 1:
+        return rows
+    scales = torch.tensor([[0.3], [1.7]], device="cuda").repeat(1, 4)
+    return rows.at(rows.keys, rows.values, scales[0, :1], scales[1, :1])
 
 
 def dense(kv: KVRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real numbers."""
     index = kv.offsets[:, None, None] + torch.arange(kv.num_heads, device="cuda")[:, None] * kv.key_head_stride
     index = index + torch.arange(kv.dim, device="cuda")
     flat = [
         plane.as_strided((plane.untyped_storage().size() // plane.itemsize - plane.storage_offset(),), (1,))
         for plane in (kv.keys, kv.values)
     ]
-    return flat[0][index], flat[1][index]
+    if kv.key_scale is None or kv.value_scale is None:
+        return flat[0][index], flat[1][index]
+    k, v = (plane.view(torch.uint8)[index].view(plane.dtype).float() for plane in flat)
+    return k * kv.key_scale, v * kv.value_scale
 
 
 def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -64,8 +73,9 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 def check_attention() -> list[str]:
     bad = []
+    same = [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     cases = itertools.product(
-        (torch.bfloat16, torch.float16, torch.float32),
+        [*same, *((torch.bfloat16, dtype) for dtype in FP8_DTYPES)],
         [
             (777, 0.15, 32, 8, 128, None, None, False, False, None),
             (777, 0.02, 32, 8, 128, None, None, False, False, 3),
@@ -74,8 +84,8 @@ def check_attention() -> list[str]:
             (300, 0.3, 8, 4, 256, None, 30.0, True, False, 2),
         ],
     )
-    for dtype, (keys, share, heads, kv_heads, dim, window, softcap, with_sinks, some, splits) in cases:
-        kv = pages(keys, dtype, kv_heads, dim)
+    for (dtype, kept), (keys, share, heads, kv_heads, dim, window, softcap, with_sinks, some, splits) in cases:
+        kv = pages(keys, kept, kv_heads, dim)
         positions = torch.randperm(keys)[: max(3, int(keys * share))].sort().values
         q = torch.randn(len(positions), heads, dim, device="cuda").to(dtype)
         known = None
@@ -95,7 +105,8 @@ def check_attention() -> list[str]:
             **scoring,
         )
         on_device = QueryMask(positions.cuda(), window, None if known is None else known.cuda())
-        theirs = error(attention_reference(q, k, v, on_device, sinks=sinks, **scoring), exact)
+        in_torch = attention_reference(q, k.to(dtype), v.to(dtype), on_device, sinks=sinks, **scoring)
+        theirs = error(in_torch, exact)
         ours, _ = sparse_attention(
             q,
             kv,
@@ -107,7 +118,8 @@ def check_attention() -> list[str]:
             **scoring,
         )
         got = error(ours, exact)
-        line = f"attention {dtype} {keys} {heads}/{kv_heads}x{dim} window {window} cap {softcap} splits {splits}: "
+        line = f"attention {dtype} of {kept} {keys} {heads}/{kv_heads}x{dim} window {window} cap {softcap} "
+        line += f"splits {splits}: "
         print(line + f"error {got:.2e}, torch {theirs:.2e}", flush=True)
         if not got <= 1.5 * theirs + 1e-7:
             bad.append(line)
@@ -193,6 +205,11 @@ def copy_rates() -> dict[str, float]:
         "add": 1.5 * moved / median_ms(partial(write, shift[0], shift[1], rows, kv, add=True)),
         "deviation": moved / median_ms(partial(deviation, fresh[0], fresh[1], rows, kv)),
     }
+    kv, turned = pages(32768, torch.float8_e4m3fn), staged.to(torch.float8_e4m3fn)
+    few = 2 * turned.nbytes
+    rates["place fp8, turned"] = few / median_ms(partial(place, turned, k_from, v_from, rows, kv, turns))
+    rates["write fp8"] = 0.75 * moved / median_ms(partial(write, fresh[0], fresh[1], rows, kv))
+    rates["add fp8"] = 1.0 * moved / median_ms(partial(write, shift[0], shift[1], rows, kv, add=True))
     for name, rate in rates.items():
         print(f"{name}: {rate / 1e9:.2f} TB/s, {rate / rates['device copy']:.0%} of a copy", flush=True)
     return rates
@@ -230,6 +247,8 @@ def other_times() -> dict[str, float]:
         q = torch.randn(80, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
         at = torch.cat([torch.arange(48), torch.arange(count * 1024 - 32, count * 1024)]).cuda().int()
         times[f"question {count}x1024"] = median_ms(partial(sparse_attention, q, kv, at, scale=DIM**-0.5))
+        kv = pages(count * 1024, torch.float8_e4m3fn)
+        times[f"question fp8 {count}x1024"] = median_ms(partial(sparse_attention, q, kv, at, scale=DIM**-0.5))
     for name, ms in times.items():
         print(f"{name}: {ms:.3f} ms", flush=True)
     return times

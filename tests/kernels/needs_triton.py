@@ -19,3 +19,5 @@ def require() -> None:
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.float16]
 """The interpreter cannot multiply bfloat16."""
+
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]

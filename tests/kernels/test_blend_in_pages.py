@@ -46,16 +46,21 @@ class FloatHost(TinyHost):
 class Engine:
     """Pages of one layout, with passages that were computed elsewhere and lie in chunks."""
 
-    def __init__(self, layout: str) -> None:
-        world = WORLDS[layout](SIZES)
+    def __init__(self, layout: str, sizes: Sizes = SIZES) -> None:
+        world = WORLDS[layout](sizes)
         self.model = TinyModel(device=str(DEVICE))
         self.connector = TokenConnector(world.layout, world.tensors)
-        for memory in world.memory:
-            memory.view(torch.float32).normal_(generator=None)
         generator = torch.Generator().manual_seed(3)
+        for layer in range(LAYERS):
+            for plane, of in enumerate(self.connector.kv_layout.plane_views(self.connector.tensors, layer)):
+                of.copy_(self.kept(torch.randn(of.shape, generator=generator), layer, plane))
         self.documents = [torch.randint(VOCAB, (40,), generator=generator) for _ in range(3)]
         self.chunks = [self._kept(document, start) for document, start in zip(self.documents, (0, 7, 30), strict=True)]
         self.question = torch.randint(VOCAB, (6,), generator=generator)
+
+    def kept(self, numbers: torch.Tensor, layer: int, plane: int) -> torch.Tensor:
+        """As the pages and chunks hold them."""
+        return numbers
 
     def _kept(self, document: torch.Tensor, start: int) -> list[MemoryObj]:
         _, kv = TinyModel().prefill(document, start)  # with loops, which a GPU is slow at
@@ -64,8 +69,8 @@ class Engine:
             spec = self.connector.spec(min(CHUNK, len(document) - first))
             obj = MemoryObj(spec, torch.zeros(-(-spec.nbytes // 4096) * 4096, dtype=torch.uint8), 0, lambda _: None)
             for layer, pair in enumerate(kv):
-                obj.tensor[layer, 0] = pair.k[first : first + CHUNK]
-                obj.tensor[layer, 1] = pair.v[first : first + CHUNK]
+                for plane, x in enumerate((pair.k, pair.v)):
+                    obj.tensor[layer, plane] = self.kept(x[first : first + CHUNK], layer, plane)
             objs.append(obj)
         return objs
 
@@ -105,9 +110,9 @@ DENSE_CALLS: list[int] = []
 
 
 def test_the_engines_own_attention_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RUN_TOKENS", 16), ("_MIN_QUERIES", 32), ("_MIN_KEYS", 40), ("_MIN_PAIRS", 0)):
+    for name, value in (("_MIN_QUERIES", 32), ("_MIN_KEYS", 40), ("_MIN_PAIRS", 0)):
         monkeypatch.setattr(dense_runs, name, value)
-    monkeypatch.setattr(paged_layer, "RUN_TOKENS", 16)
+    monkeypatch.setattr(paged_layer, "run_tokens", lambda _: 16)
     DENSE_CALLS.clear()
     compare("kv_second_nhd", "sampled_attention", "kriging", 0.6, None, dense)
     assert max(DENSE_CALLS) > 2
@@ -131,6 +136,24 @@ def test_pages_hold_what_a_blend_in_tensors_writes(
     compare(layout, policy, corrector, ratio, max_rows, None)
 
 
+def two_prompts(engine: Engine, ratio: float) -> tuple[list[torch.Tensor], list[PagedPrompt]]:
+    """Two passages behind an exact prefix, one of them cut; and one passage behind new tokens."""
+    ids, prompts, used = [], [], 0
+    for order, exact, new in (((1, 0), 10, 0), ((2,), 0, 4)):
+        tokens = [torch.arange(exact + new)]
+        passages = []
+        for document in order:
+            at = sum(map(len, tokens))
+            passages.append(engine.passage(document, at, skipped=5 if document == 0 else 0))
+            tokens.append(engine.documents[document][5 if document == 0 else 0 :])
+        prompt = torch.cat([*tokens, engine.question])
+        slots = used * SIZES.block_size + torch.arange(len(prompt))
+        used += -(-len(prompt) // SIZES.block_size)
+        ids.append(prompt)
+        prompts.append(PagedPrompt(len(prompt), slots, exact, passages, ratio))
+    return ids, prompts
+
+
 def compare(
     layout: str, policy: str, corrector: str, ratio: float, max_rows: int | None, dense: DenseAttention | None
 ) -> None:
@@ -138,19 +161,7 @@ def compare(
     for by_kernels in (False, True):
         torch.manual_seed(0)
         engine = Engine(layout)
-        ids, prompts, used = [], [], 0
-        for order, exact, new in (((1, 0), 10, 0), ((2,), 0, 4)):
-            tokens = [torch.arange(exact + new)]
-            passages = []
-            for document in order:
-                at = sum(map(len, tokens))
-                passages.append(engine.passage(document, at, skipped=5 if document == 0 else 0))
-                tokens.append(engine.documents[document][5 if document == 0 else 0 :])
-            prompt = torch.cat([*tokens, engine.question])
-            slots = used * SIZES.block_size + torch.arange(len(prompt))
-            used += -(-len(prompt) // SIZES.block_size)
-            ids.append(prompt)
-            prompts.append(PagedPrompt(len(prompt), slots, exact, passages, ratio))
+        ids, prompts = two_prompts(engine, ratio)
         before = [plane.clone() for plane in engine.connector.kv_layout.plane_views(engine.connector.tensors, 0)]
         assert can_blend_in_pages(engine.connector, ROPES)
         result = blend_pages(

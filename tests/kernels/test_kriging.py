@@ -9,7 +9,8 @@ from lmcache.blend.correctors import kriging_rows
 from lmcache.blend.correctors.interface import LayerCorrection, RowCorrection
 from lmcache.blend.correctors.kriging import KrigingCorrector
 from lmcache.blend.correctors.sampled_span import PieceLimits
-from tests.kernels.needs_triton import DEVICE, require
+from tests.kernels.fp8_numbers import real, rounded
+from tests.kernels.needs_triton import DEVICE, FP8, require
 
 require()
 
@@ -19,8 +20,8 @@ from lmcache.kernels.kv_write import write  # noqa: E402
 
 
 class Rows:
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.kernel_rows = KVRows.of_tensors(keys, values)
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, *scales: torch.Tensor) -> None:
+        self.kernel_rows = KVRows.of_tensors(keys, values).at(keys, values, *scales)
 
     def read(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return read(self.kernel_rows, rows)
@@ -56,3 +57,42 @@ def test_one_by_one_and_together(alike: float, longest: int, share: float, monke
         for name, theirs, got, before in zip("KV", expected, ours, (keys, values), strict=True):
             torch.testing.assert_close(got[kept], theirs[kept], atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
             assert share == 1.0 or not torch.equal(got[kept], before[kept])
+
+
+SCALES = (0.05, 1.7)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+@pytest.mark.parametrize(("alike", "longest"), [(1.0, 1024), (0.0, 50)])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_rows_in_fp8(
+    dtype: torch.dtype, alike: float, longest: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shifts are those of the real numbers, and what they give is rounded once."""
+    monkeypatch.setattr("lmcache.blend.correctors.kriging._LIMITS", PieceLimits(longest, longest // 2))
+    if not kernels:
+        monkeypatch.setattr(kriging_rows, "kernels_for", lambda _: False)
+    torch.manual_seed(0)
+    spans = ((0, 130), (135, 150), (160, 300))
+    held = [
+        rounded(x, dtype, scale) for x, scale in zip(torch.randn(2, 300, 2, 16, device=DEVICE), SCALES, strict=True)
+    ]
+    expected = [real(x, scale) for x, scale in zip(held, SCALES, strict=True)]
+    rows = torch.randperm(300)[:60].sort().values
+    fresh_keys, fresh_values = torch.randn(2, len(rows), 2, 16, device=DEVICE)
+    corrector = KrigingCorrector(alike=alike)
+    corrector.correct(
+        LayerCorrection(
+            0, *expected, rows.to(DEVICE), fresh_keys, fresh_values, spans, torch.arange(300, device=DEVICE), None
+        )
+    )
+    before = [x.clone() for x in held]
+    scales = torch.tensor(SCALES, device=DEVICE).view(2, 1)
+    corrector.correct_rows(RowCorrection(0, Rows(*held, *scales), rows, fresh_keys, fresh_values, spans, {}))
+    kept = torch.ones(300, dtype=torch.bool)
+    kept[rows] = False
+    for exact, ours, old, scale in zip(expected, held, before, SCALES, strict=True):
+        once = rounded(exact, dtype, scale)
+        errors = [float((real(x, scale) - exact)[kept].norm()) for x in (ours, once, old)]
+        assert errors[0] <= 1.01 * errors[1] < 0.5 * errors[2]
+        assert float((ours.float() != once.float())[kept].float().mean()) < 1e-2

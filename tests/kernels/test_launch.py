@@ -72,6 +72,14 @@ def test_what_triton_compiles_for_is_compiled_for(kernel: Kernel, change: str) -
     assert not kernel.again
 
 
+def test_what_is_left_out_is_compiled_for(kernel: Kernel) -> None:
+    x, scale = torch.zeros(2, 64)
+    for stride in (None, None, scale, scale, None):
+        launch(kernel, (3,), x, 5, stride, SIZE=8)
+    assert len(kernel.compiled) == 2
+    assert [args[2] for _, args in kernel.again] == [None, scale.data_ptr(), None]
+
+
 def test_constants_stand_last() -> None:
     with pytest.raises(ValueError, match="constants must be its last"):
         launch(Kernel([Param("SIZE", True), Param("X")]), (1,), torch.zeros(1), SIZE=8)

@@ -148,8 +148,8 @@ def test_replayed_layers_hold_the_same(layout: str, policy: str, corrector: str,
 def test_a_layer_that_is_replayed_in_the_wrong_pages_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = LayerReplays.__init__
 
-    def all_in_the_first(self: LayerReplays, recorder: Any, distances: Any, rows: Any) -> None:
-        plain(self, recorder, [0] * LAYERS, rows)
+    def all_in_the_first(self: LayerReplays, recorder: Any, distances: Any, rows: Any, scales: Any) -> None:
+        plain(self, recorder, [0] * LAYERS, rows, scales)
 
     monkeypatch.setattr(LayerReplays, "__init__", all_in_the_first)
     assert not same(blended(LAYOUTS[0], Repeats()), blended(LAYOUTS[0], None))
@@ -184,9 +184,9 @@ def test_a_corrector_that_does_not_say_so_is_not_replayed() -> None:
 
 def test_the_engines_own_attention_is_called_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes by pages; what comes before it is replayed all the same."""
-    for name, value in (("RUN_TOKENS", 16), ("_MIN_QUERIES", 16), ("_MIN_KEYS", 40), ("_MIN_PAIRS", 0)):
+    for name, value in (("_MIN_QUERIES", 16), ("_MIN_KEYS", 40), ("_MIN_PAIRS", 0)):
         monkeypatch.setattr(dense_runs, name, value)
-    monkeypatch.setattr(paged_layer, "RUN_TOKENS", 16)
+    monkeypatch.setattr(paged_layer, "run_tokens", lambda _: 16)
     calls: list[int] = []
 
     def counted(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ about 500 TFLOP/s on an H100, 1.4 to 1.7 times ours). What is left is a band of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,16 +15,26 @@ import torch
 
 from lmcache.memory.to_device import to_device
 
-RUN_TOKENS = 128
+_TILE = 128
+_FEWEST_RUN_TOKENS = 32
 # Below that a band is most of the work, or all of it is done before the host has started two kernels.
-_MIN_QUERIES = 2 * RUN_TOKENS
+_MIN_QUERIES = 256
 _MIN_KEYS = 4096
 _MIN_PAIRS = 2**22
 
 
+def run_tokens(group: int) -> int:
+    """Queries of a run, where ``group`` query heads share a KV head.
+
+    Such heads stand in a tile together, here as in FlashAttention 3, so a run need be no longer than what fills whole
+    tiles; and the shorter it is, the shorter is its band.
+    """
+    return max(_FEWEST_RUN_TOKENS, _TILE // math.gcd(_TILE, group))
+
+
 @dataclass(frozen=True)
 class DenseRuns:
-    """Runs of queries over the pages ``blocks`` (int32 ``[R, B]``, for every run the same). All on the device.
+    """Runs of ``tokens`` queries, the last one of fewer, over the pages ``blocks`` (int32 ``[R, B]``, for every run the same). All on the device.
 
     ``keys`` (int32 ``[R]``): how many keys all queries of a run see; ``most_keys`` is the largest of them.
 
@@ -32,6 +43,7 @@ class DenseRuns:
     ``[R + 1]``) says where each run begins in that order, ``keys_in_order`` are the ``keys`` of it.
     """
 
+    tokens: int
     keys: torch.Tensor
     blocks: torch.Tensor
     most_keys: int
@@ -66,19 +78,20 @@ def pays(num_queries: int, num_keys: int) -> bool:
     return num_queries >= _MIN_QUERIES and num_keys >= _MIN_KEYS and num_queries * num_keys >= _MIN_PAIRS
 
 
-def dense_runs(positions: torch.Tensor, blocks: torch.Tensor, device: torch.device) -> DenseRuns:
+def dense_runs(positions: torch.Tensor, blocks: torch.Tensor, device: torch.device, tokens: int) -> DenseRuns:
     """The runs of queries at ``positions`` (int64 ``[n]``, ascending, on the CPU) of a prompt that lies in the pages
-    ``blocks`` (int32, on the device)."""
-    begins = torch.arange(0, len(positions), RUN_TOKENS)
+    ``blocks`` (int32, on the device), of ``tokens`` each."""
+    begins = torch.arange(0, len(positions), tokens)
     keys = (positions[begins] + 1).to(torch.int32)
     row = torch.arange(len(positions))
-    run = row // RUN_TOKENS
+    run = row // tokens
     order = torch.argsort(-run, stable=True)
     back = torch.empty_like(order)
     back[order] = row
     counts = torch.bincount(run).flip(0)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
     return DenseRuns(
+        tokens=tokens,
         keys=to_device(keys, device),
         blocks=blocks[None].expand(len(keys), -1).contiguous(),
         most_keys=int(keys[-1]),

@@ -104,7 +104,7 @@ class BlendForward(ABC):
         """See :class:`lmcache.blend.host.Attend`."""
         layer = self.kv.layer(layer_id, k, v)
         fresh = Fresh(q, k, v, Scoring(scale, softcap, sinks), sliding_window)
-        self.get_ready(piece, layer)
+        self.get_ready(piece, fresh, layer)
         take, attention = partial(self.take, piece, fresh), partial(self._attention, piece, fresh)
         if layer_id == self.ends_at:
             take(layer)
@@ -130,7 +130,7 @@ class BlendForward(ABC):
             out[part.queries] = layer.attention(q[part.queries], part.keys, mask, fresh.scoring)
         return out
 
-    def get_ready(self, piece: Piece, layer: LayerKV) -> None:  # noqa: B027 - not every forward corrects
+    def get_ready(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:  # noqa: B027 - not every forward corrects
         """What :meth:`take` needs and what does not hang on fresh rows."""
 
     @abstractmethod
@@ -163,9 +163,10 @@ class Recompute(BlendForward):
         self._on_layer = on_layer
         self._early = {} if early is None else {piece: EarlyRows(piece, early) for piece in self.pieces}
 
-    def get_ready(self, piece: Piece, layer: LayerKV) -> None:
+    def get_ready(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:
         early = self._early.get(piece)
-        self.kv.get_ready(layer, piece.rows if early is None else early.rows, piece.covers, piece.memo)
+        rows = piece.rows if early is None else early.rows
+        self.kv.get_ready(layer, rows, fresh.k.dtype, piece.covers, piece.memo)
 
     def take(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:
         rows, k, v = piece.rows, fresh.k, fresh.v

@@ -213,8 +213,10 @@ class BatchKV:
         for layer in self._layers.values():
             layer.corrected_to = 0
 
-    def get_ready(self, layer: LayerKV, rows: torch.Tensor, covers: tuple[int, int], memo: Memo) -> None:
-        """:meth:`correct` comes next, with fresh K and V of ``rows``: do what does not hang on them."""
+    def get_ready(
+        self, layer: LayerKV, rows: torch.Tensor, dtype: torch.dtype, covers: tuple[int, int], memo: Memo
+    ) -> None:
+        """:meth:`correct` comes next, with K and V of ``rows`` in ``dtype``: do what does not hang on them."""
 
     def spans_to_correct(
         self, layer: LayerKV, rows: torch.Tensor, covers: tuple[int, int], memo: Memo

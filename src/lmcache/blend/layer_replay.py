@@ -2,7 +2,7 @@
 
 A blend starts a dozen kernels a layer for correction and attention. They are the same in all layers but for where the
 layer's pages lie, so the recorded ones go by offsets that are counted from the first layer's pages, in memory that is
-overwritten before each replay: one kernel and one graph a layer in place of all.
+overwritten before each replay: one kernel and one graph a layer in place of all. Scales of fp8 pages go the same way.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from lmcache.blend.fp8_pages import scales_in
 from lmcache.blend.graph_recorder import Recording, WorkRecorder
 from lmcache.blend.paged_layer import PagedLayer
 
@@ -37,22 +38,32 @@ class _Recorded:
 class LayerReplays:
     """Those of one blend."""
 
-    def __init__(self, recorder: WorkRecorder, distances: Sequence[int], rows: KVRows) -> None:
-        """``distances[l]``: how far layer ``l`` lies behind the one of ``rows``, in elements."""
+    def __init__(
+        self, recorder: WorkRecorder, distances: Sequence[int], rows: KVRows, scales: torch.Tensor | None = None
+    ) -> None:
+        """``distances[l]``: how far layer ``l`` lies behind the one of ``rows``, in elements. ``scales``: the
+        :attr:`lmcache.blend.fp8_pages.Fp8Pages.table`, None where no layer has others than ``rows``."""
         self._recorder = recorder
         self._distances = distances
         self._first_layer = rows.offsets
         self._rows = replace(rows, offsets=rows.offsets.clone())
+        self._scales = None if scales is None else scales.unbind(0)
+        if scales is not None:
+            self._scales_in_use = scales[0].clone()
+            key_scale, value_scale = scales_in(self._scales_in_use)
+            self._rows = replace(self._rows, key_scale=key_scale, value_scale=value_scale)
         self._seen: dict[Hashable, bool] = {}  # whether attention can be recorded
         self._recorded: dict[Hashable, _Recorded | None] = {}
 
     @classmethod
-    def of(cls, recorder: WorkRecorder, planes: Sequence[Planes], rows: KVRows) -> LayerReplays | None:
+    def of(
+        cls, recorder: WorkRecorder, planes: Sequence[Planes], rows: KVRows, scales: torch.Tensor | None = None
+    ) -> LayerReplays | None:
         """``rows`` are in ``planes[0]``. None where layers do not lie alike, so that one distance does not tell."""
         distances = [_distance(planes[0], layer, rows.alignment) for layer in planes]
         found = [distance for distance in distances if distance is not None]
         recorder.forget()  # what the blend before has recorded
-        return cls(recorder, found, rows) if len(found) == len(distances) else None
+        return cls(recorder, found, rows, scales) if len(found) == len(distances) else None
 
     def run(self, kind: Hashable, layer: PagedLayer, take: Take, attention: Attention) -> torch.Tensor:
         """``take`` and ``attention`` on ``layer``. What they queue for any layer of this ``kind`` is the same but for
@@ -71,6 +82,8 @@ class LayerReplays:
             self._seen[kind] = not layer.used_engines_attention
             return outcome
         torch.add(self._first_layer, self._distances[layer.layer_id], out=self._rows.offsets)
+        if self._scales is not None:
+            self._scales_in_use.copy_(self._scales[layer.layer_id])
         replayed = recorded.recording.replay()
         layer.take_over(recorded.views[-1])
         return attention(layer) if replayed is None else replayed

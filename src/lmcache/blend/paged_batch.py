@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
 from lmcache.blend.batch import BlendBatch
@@ -24,19 +22,19 @@ from lmcache.blend.correctors.interface import (
     RowsAhead,
 )
 from lmcache.blend.dense_runs import DenseAttention
+from lmcache.blend.fp8_pages import FP8_DTYPES, Fp8Pages
 from lmcache.blend.graph_recorder import WorkRecorder
 from lmcache.blend.layer_kv import BatchKV, LayerKV, PromptLoadError
 from lmcache.blend.layer_replay import LayerReplays
 from lmcache.blend.paged_layer import OnDevice, PagedLayer, PromptPages, dense_heads
+from lmcache.blend.place_layers import PlaceLayers
 from lmcache.blend.rope import FusedRope
 from lmcache.blend.staged_layers import SourceError, StagedLayers, StagingRing
 from lmcache.memory.to_device import to_device
-from lmcache.observability.ranges import Range
 from lmcache.paging.paged_connector import PagedConnector
 
 if TYPE_CHECKING:
     from lmcache.kernels.kv_rows import KVRows
-    from lmcache.kernels.kv_write import Turns
 
 _UNKNOWN = torch.empty(0)  # nothing fresh is needed to load a layer
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -56,10 +54,12 @@ class PagedBatchKV(BatchKV):
         ring: StagingRing,
         dense: DenseAttention | None = None,
         recorder: WorkRecorder | None = None,
+        fp8: Fp8Pages | None = None,
     ) -> None:
         """``slots``: int64 ``[N]`` on the CPU, one for every row of the batch. ``exact``: bool ``[N]``, rows whose KV
-        is in the pages and stays as it is, whatever is computed. ``dense``: the engine's own attention. ``recorder``:
-        spares the host the work that is the same in all layers."""
+        is in the pages and stays as it is, whatever is computed. ``dense``: the engine's own attention; not of fp8.
+        ``recorder``: spares the host the work that is the same in all layers. ``fp8``: None where the pages hold real
+        numbers."""
         from lmcache.blend.page_rows import page_offsets, page_rows
 
         super().__init__(batch, ropes, corrector)
@@ -68,38 +68,31 @@ class PagedBatchKV(BatchKV):
         self._staged = StagedLayers(self._moved, len(ropes), (layout.num_heads, layout.head_dim), layout.dtype, ring)
         self._connector = connector
         self._sent = OnDevice(ring.device, exact)
-        self._pages = PromptPages(slots, layout.block_size, ring.device, dense)
+        self._pages = PromptPages(slots, layout.block_size, ring.device, dense if fp8 is None else None)
         offsets = to_device(page_offsets(layout, slots), ring.device)
-        self._planes = connector.planes
-        self._kv = page_rows(layout, self._planes[0][0], self._planes[0][1], offsets)
-        spans = [np.arange(*placed.rows) for placed in self._moved]
-        self._rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *spans]))
-        self._froms = tuple(to_device(rows, ring.device) for rows in (self._staged.k_from, self._staged.v_from))
-        self._turns: dict[int, Turns] = {}
-        if self._moved:
-            # Before the layers, which fill the way to the device for milliseconds.
-            self._sent.rows(self._rows)
-            for rope in {id(rope): rope for rope in ropes}.values():
-                self._turns_of(rope)
+        self._planes: list[tuple[torch.Tensor, ...]] = list(connector.planes)
+        if fp8 is not None:
+            self._planes = [
+                (*(plane.view(fp8.dtype) for plane in planes), *scales)
+                for planes, scales in zip(self._planes, fp8.of_layers, strict=True)
+            ]
+        self._kv = page_rows(layout, self._planes[0][0], self._planes[0][1], offsets).at(*self._planes[0])
+        self._placing = PlaceLayers(self._staged, self._moved, batch, ropes, ring.device)
+        # Only now: layers fill the way to the device for milliseconds.
         self._staged.begin()
         self._replays: LayerReplays | None = None
         if recorder is not None and corrector.alike_in_layers:
-            self._replays = LayerReplays.of(recorder, [(planes[0], planes[1]) for planes in self._planes], self._kv)
+            scales = None if fp8 is None or fp8.alike else fp8.table
+            planes = [(planes[0], planes[1]) for planes in self._planes]
+            self._replays = LayerReplays.of(recorder, planes, self._kv, scales)
 
     def load(self, layer_id: int, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
-        from lmcache.kernels.kv_write import place
-
-        layer = PagedLayer(layer_id, self._kv.at(*self._planes[layer_id][:2]), self._sent, self._pages)
-        if not self._moved:
-            return layer
-        try:
-            staged = self._staged.layer(layer_id)
-        except SourceError as error:
-            raise PromptLoadError(error.prompt, str(error)) from error
-        sent = self._sent
-        k_from, v_from = self._froms
-        place(staged, k_from, v_from, sent.rows(self._rows), layer.kv, self._turns_of(self.ropes[layer_id]))
-        self._staged.done(layer_id)
+        layer = PagedLayer(layer_id, self._kv.at(*self._planes[layer_id]), self._sent, self._pages)
+        if self._moved:
+            try:
+                self._placing.one(layer_id, layer.kv)
+            except SourceError as error:
+                raise PromptLoadError(error.prompt, str(error)) from error
         return layer
 
     def run_alike(
@@ -115,54 +108,39 @@ class PagedBatchKV(BatchKV):
             return super().run_alike(kind, layer, take, attention)
         return self._replays.run(kind, layer, take, attention)
 
-    def _turns_of(self, rope: FusedRope | None) -> Turns | None:
-        """How far each of the moved rows turns; layers with one rope share it."""
-        if rope is None:
-            return None
-        if id(rope) not in self._turns:
-            from lmcache.kernels.kv_write import Turns
-
-            turned, numbers = self._turned_singly(rope) if rope.depends_on_length else self._turned_by_distance(rope)
-            cos, sin = to_device(turned.to(torch.float32), self._sent.device).unbind(0)
-            of_row = to_device(numbers.to(torch.int32), self._sent.device)
-            self._turns[id(rope)] = Turns(cos, sin, of_row, rope.is_neox_style)
-        return self._turns[id(rope)]
-
-    def _turned_by_distance(self, rope: FusedRope) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[2, n, rotary_dim / 2]``, cos and sin, and which of them each row has: all rows of a span move alike."""
-        distances = torch.tensor([placed.span.start - placed.span.old_start for placed in self._moved])
-        angles, gain = rope.turn(torch.zeros_like(distances), distances)
-        angles = angles.expand(len(distances), -1)
-        counts = [end - start for start, end in (placed.rows for placed in self._moved)]
-        return torch.stack([angles.cos(), angles.sin()]) * gain, torch.from_numpy(np.arange(len(counts)).repeat(counts))
-
-    def _turned_singly(self, rope: FusedRope) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same where it matters how long the two sequences are."""
-        tables, numbers, count = [], [], 0
-        for placed in self._moved:
-            span, (start, end) = placed.span, placed.rows
-            new = self.batch.positions[start:end]
-            lengths = placed.source.length, self.batch.plans[placed.prompt].num_tokens
-            angles, gain = rope.turn(new + (span.old_start - span.start), new, *lengths)
-            numbers.append(torch.arange(end - start) + count if len(angles) > 1 else torch.full((end - start,), count))
-            count += len(angles)
-            tables.append(torch.stack([angles.cos() * gain, angles.sin() * gain]))
-        return torch.cat(tables, 1), torch.cat(numbers)
-
-    def get_ready(self, layer: LayerKV, rows: torch.Tensor, covers: tuple[int, int], memo: Memo) -> None:
-        if not isinstance(self.corrector, BatchedCorrector):
-            return
-        spans = self.spans_to_correct(layer, rows, covers, memo)
-        if spans:
+    def get_ready(
+        self, layer: LayerKV, rows: torch.Tensor, dtype: torch.dtype, covers: tuple[int, int], memo: Memo
+    ) -> None:
+        key = "ready", covers, layer.corrected_to
+        if key not in memo:
+            memo[key] = None
+            spans = self.spans_to_correct(layer, rows, covers, memo)
+            if spans and isinstance(self.corrector, BatchedCorrector):
+                in_place = len(self._layers) == len(self.ropes)
+                ahead = RowsAhead(rows, dtype, spans, memo, self._layers_from, in_place)
+                memo[key] = self.corrector.preparation(ahead)
+        if (prepare := memo[key]) is not None:
             start, loading = time.perf_counter(), self.seconds["load"]
-            with Range("correct"):
-                ahead = RowsAhead(layer.layer_id, rows, spans, memo, partial(self._layers_from, layer.layer_id))
-                self.corrector.get_ready(ahead)
+            prepare(layer.layer_id)
             self.seconds["correct"] += time.perf_counter() - start - (self.seconds["load"] - loading)
 
     def _layers_from(self, first: int, count: int) -> list[KVRows]:
-        layers = [self.layer(index, _UNKNOWN, _UNKNOWN) for index in range(first, min(first + count, len(self.ropes)))]
+        end = min(first + count, len(self.ropes))
+        missing = [index for index in range(first, end) if index not in self._layers]
+        if len(missing) > 1:
+            self._load_together(missing)
+        layers = [self.layer(index, _UNKNOWN, _UNKNOWN) for index in range(first, end)]
         return [layer.kv for layer in layers if isinstance(layer, PagedLayer)]
+
+    def _load_together(self, layer_ids: Sequence[int]) -> None:
+        """Those that can be; others are loaded one by one when they are wanted."""
+        if not self._moved:
+            return
+        start = time.perf_counter()
+        layers = [PagedLayer(index, self._kv.at(*self._planes[index]), self._sent, self._pages) for index in layer_ids]
+        if self._placing.together(layer_ids[0], [layer.kv for layer in layers]):
+            self._layers.update(zip(layer_ids, layers, strict=True))
+        self.seconds["load"] += time.perf_counter() - start
 
     def correct_spans(
         self,
@@ -225,17 +203,23 @@ class _CorrectionIndex(NamedTuple):
         return cls(rows.to(device), positions.to(device), every_row.to(device), moved.to(device))
 
 
-def can_blend_in_pages(connector: PagedConnector, ropes: Sequence[FusedRope | None]) -> bool:
+def can_blend_in_pages(
+    connector: PagedConnector, ropes: Sequence[FusedRope | None], fp8: Fp8Pages | None = None
+) -> bool:
     """Whether kernels can blend in these pages."""
-    from lmcache.kernels.availability import kernels_for
+    from lmcache.kernels.availability import fp8_kernels_for, kernels_for
 
     layout = connector.kv_layout
+    if fp8 is None:
+        known = layout.dtype in _DTYPES
+    else:
+        known = fp8.dtype in FP8_DTYPES and layout.dtype in (fp8.dtype, torch.uint8) and fp8_kernels_for(fp8.device)
     return (
         kernels_for(connector.tensors[0].device)
         and len(layout.planes) == 2
         and layout.planes[0].strides == layout.planes[1].strides
         and layout.planes[0].strides[3] == 1
         and layout.head_dim <= 256
-        and layout.dtype in _DTYPES
+        and known
         and not any(rope is not None and rope.rotary_at_end for rope in ropes)
     )

@@ -15,6 +15,7 @@ from lmcache.blend.blend_pass import BlendResult, blend
 from lmcache.blend.chunk_source import ChunkSource, PagesSource
 from lmcache.blend.correctors.interface import Corrector
 from lmcache.blend.dense_runs import DenseAttention
+from lmcache.blend.fp8_pages import Fp8Pages
 from lmcache.blend.graph_recorder import WorkRecorder
 from lmcache.blend.host import BlendHost
 from lmcache.blend.kv_source import KVSource
@@ -72,6 +73,7 @@ def blend_pages(
     ring: StagingRing | None = None,
     dense: DenseAttention | None = None,
     recorder: WorkRecorder | None = None,
+    fp8: Fp8Pages | None = None,
 ) -> BlendResult[Output]:
     """Blend ``prompts`` in one pass and write the KV of all but their exact tokens into the pages, layer by layer.
 
@@ -80,7 +82,10 @@ def blend_pages(
 
     With ``ring``, and a slot for every token, kernels blend in the pages themselves (see
     :func:`lmcache.blend.paged_batch.can_blend_in_pages`), helped by the engine's own attention, ``dense``, and by
-    ``recorder``; otherwise in memory that ``room`` gives.
+    ``recorder``; otherwise in memory that ``room`` gives, which ``fp8`` pages cannot be.
+
+    Raises:
+        ValueError: pages in fp8, but no ``ring``, or a token without a slot.
     """
     planned = [prompt.planned(connector) for prompt in prompts]
     every_slot = torch.cat([prompt.slots for prompt in prompts])
@@ -103,8 +108,11 @@ def blend_pages(
                 ring=ring,
                 dense=dense,
                 recorder=recorder,
+                fp8=fp8,
             ),
         )
+    if fp8 is not None:
+        raise ValueError("prompts are blended in fp8 pages by kernels alone, with a slot for every token")
     written, slots = _rows_to_write(prompts)
     index = connector.token_index(slots)
     rows: torch.Tensor | slice = written.to(connector.tensors[0].device)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmcache.blend.attention import QueryMask, Scoring
-from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, DenseRuns, blocks_in_order, dense_runs, pays
+from lmcache.blend.dense_runs import DenseAttention, DenseRuns, blocks_in_order, dense_runs, pays, run_tokens
 from lmcache.blend.layer_kv import LayerKV
 from lmcache.memory.to_device import to_device
 
@@ -69,17 +69,18 @@ class PromptPages:
         self._blocks: dict[tuple[int, int], torch.Tensor | None] = {}
         self._made: dict[int, tuple[QueryMask, DenseRuns | None]] = {}
 
-    def runs(self, keys: slice, mask: QueryMask, scoring: Scoring) -> DenseRuns | None:
+    def runs(self, keys: slice, mask: QueryMask, scoring: Scoring, group: int) -> DenseRuns | None:
+        """``group``: query heads of a KV head."""
         if self.dense is None or scoring.softcap is not None or scoring.sinks is not None:
             return None
         if mask.sliding_window is not None or mask.known is not None:
             return None
         held = self._made.get(id(mask))
         if held is None:  # the mask is kept, so that no other can have its id
-            held = self._made[id(mask)] = mask, self._make(keys, mask.positions_on_host)
+            held = self._made[id(mask)] = mask, self._make(keys, mask.positions_on_host, group)
         return held[1]
 
-    def _make(self, keys: slice, positions: torch.Tensor) -> DenseRuns | None:
+    def _make(self, keys: slice, positions: torch.Tensor, group: int) -> DenseRuns | None:
         if not pays(len(positions), keys.stop - keys.start):
             return None
         prompt = keys.start, keys.stop
@@ -87,7 +88,9 @@ class PromptPages:
             blocks = blocks_in_order(self._slots[keys], self._block_size)
             self._blocks[prompt] = None if blocks is None else to_device(blocks, self._device)
         on_device = self._blocks[prompt]
-        return None if on_device is None else dense_runs(positions, on_device, self._device)
+        if on_device is None:
+            return None
+        return dense_runs(positions, on_device, self._device, run_tokens(group))
 
 
 class PagedLayer(LayerKV):
@@ -166,13 +169,13 @@ class PagedLayer(LayerKV):
         """The part that the engine's own attention computes, if it can."""
         from lmcache.kernels.sparse_attention import SeenByAll
 
-        runs = self._pages.runs(keys, mask, scoring)
+        runs = self._pages.runs(keys, mask, scoring, q.shape[1] // self.kv.num_heads)
         if runs is None:
             return None
         assert self._pages.dense is not None
         self.used_engines_attention = True
         out, lse = self._pages.dense(q, self.kv.keys, self.kv.values, runs, scoring.scale)
-        return SeenByAll(RUN_TOKENS, runs.keys, out, lse)
+        return SeenByAll(runs.tokens, runs.keys, out, lse)
 
     def attention_received(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
         from lmcache.kernels.attention_received import attention_received

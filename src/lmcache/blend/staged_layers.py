@@ -61,12 +61,18 @@ class StagingRing:
     def slot(self, layer_id: int) -> _Slot:
         return self.slots[layer_id % len(self.slots)]
 
-    def done(self, layer_id: int) -> None:
-        """All that reads the layer is queued on the current stream."""
+    def between(self, first: int, end: int) -> torch.Tensor:
+        """The rows of some slots, one after the other."""
+        size = len(self.slots[0].rows)
+        return self._room[first * size : end * size]
+
+    def done(self, first: int, count: int) -> None:
+        """All that reads these layers is queued on the current stream."""
         if self.stream is not None:
             self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._read.record(torch.cuda.current_stream(self.device))
-            self.slot(layer_id).free = self._read
+            for layer_id in range(first, first + count):
+                self.slot(layer_id).free = self._read
 
     def join(self) -> None:
         """What is queued on the current stream from now on comes after all copies that are under way."""
@@ -153,13 +159,13 @@ class StagedLayers:
         k_from = (np.arange(len(before)) + before).astype(np.int32)
         self.k_from = torch.from_numpy(k_from)
         self.v_from = torch.from_numpy(k_from + np.repeat(counts, counts))
-        self._staged_rows = 2 * len(before)
+        self.num_rows = 2 * len(before)
         self._dtype = dtype
         self._next = 0
 
     def begin(self) -> None:
         """Queue the copies of the first layers, before any is asked for."""
-        self._ring.begin(self._staged_rows, self._row_numel, self._dtype, self._num_layers)
+        self._ring.begin(self.num_rows, self._row_numel, self._dtype, self._num_layers)
         self._fetch(len(self._ring.slots))
 
     def _plan(self, placed: PlacedSpan, at: int, dtype: torch.dtype) -> list[int]:
@@ -211,6 +217,18 @@ class StagedLayers:
                 rows[to : to + other.num_rows].view(-1, *self._row_shape).copy_(taken)
         return rows
 
+    def together(self, first: int, count: int) -> torch.Tensor | None:
+        """``[count · rows, kv_heads · dim]`` of consecutive layers as one, as :meth:`layer` gives each; None where they
+        do not lie so."""
+        depth = len(self._ring.slots)
+        at = first % depth
+        if self._others or at + count > depth or self._next < first + count:
+            return None
+        last = self._ring.slot(first + count - 1)
+        if last.arrived is not None:  # copies arrive in order
+            torch.cuda.current_stream(self._ring.device).wait_event(last.arrived)
+        return self._ring.between(at, at + count).view(count * self.num_rows, self._row_numel)
+
     def _check(self, other: _Other, layer_id: int, planes: tuple[torch.Tensor, ...]) -> None:
         for name, plane in zip("KV", planes, strict=True):
             if tuple(plane.shape[1:]) != self._row_shape or len(plane) < other.first + other.num_rows:
@@ -220,10 +238,10 @@ class StagedLayers:
                     f"{list(self._row_shape)} a token, and {other.first + other.num_rows} tokens are wanted",
                 )
 
-    def done(self, layer_id: int) -> None:
-        """All that reads the layer's staged rows is queued."""
-        self._ring.done(layer_id)
-        self._fetch(1)
+    def done(self, first: int, count: int = 1) -> None:
+        """All that reads the staged rows of these layers is queued."""
+        self._ring.done(first, count)
+        self._fetch(count)
 
     def _fetch(self, layers: int) -> None:
         """Queue the copies of the next layers."""
@@ -242,4 +260,4 @@ class StagedLayers:
             slot.arrived.record(stream)
 
     def _rows(self, slot: _Slot) -> torch.Tensor:
-        return slot.rows[: self._staged_rows * self._row_numel].view(self._staged_rows, self._row_numel)
+        return slot.rows[: self.num_rows * self._row_numel].view(self.num_rows, self._row_numel)

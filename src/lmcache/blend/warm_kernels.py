@@ -12,6 +12,7 @@ import torch
 from lmcache.blend.batch import BlendPrompt
 from lmcache.blend.blend_pass import blend
 from lmcache.blend.correctors.interface import Corrector
+from lmcache.blend.fp8_pages import Fp8Pages
 from lmcache.blend.host import Attend
 from lmcache.blend.paged_batch import PagedBatchKV
 from lmcache.blend.plan import BlendPlan, ReusedSpan
@@ -45,6 +46,7 @@ def warm_kernels(
     layers: Sequence[AttentionKind],
     ring: StagingRing,
     ways: Sequence[tuple[SelectionPolicy, Corrector]],
+    fp8: Fp8Pages | None = None,
 ) -> None:
     """Run small blends of noise, without a model. The pages must be nobody's: the first of them are overwritten."""
     start = time.perf_counter()
@@ -55,10 +57,11 @@ def warm_kernels(
         end = num_tokens - new_tokens
         plan = BlendPlan.of(num_tokens, [ReusedSpan(new_tokens, end, 0, old_start=new_tokens + 1)])
         for policy, corrector in ways:
-            host = _Noise(layers, (layout.num_heads, layout.head_dim), layout.dtype, ring.device)
+            computed, stored = (layout.dtype, layout.dtype) if fp8 is None else (fp8.computed, fp8.dtype)
+            host = _Noise(layers, (layout.num_heads, layout.head_dim), computed, ring.device)
             blend(
                 host,
-                [BlendPrompt(plan, [_NoisySource(host, end - new_tokens)], ratio=0.2)],
+                [BlendPrompt(plan, [_NoisySource(host, end - new_tokens, stored, layout.dtype)], ratio=0.2)],
                 ropes,
                 policy,
                 corrector,
@@ -69,6 +72,7 @@ def warm_kernels(
                     slots=torch.arange(num_tokens),
                     exact=torch.zeros(num_tokens, dtype=torch.bool),
                     ring=ring,
+                    fp8=fp8,
                 ),
             )
     logger.info("The kernels of CacheBlend are ready, after %.1f s", time.perf_counter() - start)
@@ -107,9 +111,16 @@ class _Noise:
 
 
 class _NoisySource:
-    def __init__(self, host: _Noise, num_tokens: int) -> None:
+    """Its numbers are ``stored``, its tensors said to be ``kept``."""
+
+    def __init__(self, host: _Noise, num_tokens: int, stored: torch.dtype, kept: torch.dtype) -> None:
         self._host = host
+        self._stored = stored
+        self._kept = kept
         self.num_tokens = self.length = num_tokens
 
     def layer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._host.noise(self.num_tokens), self._host.noise(self.num_tokens)
+        return self._noise(), self._noise()
+
+    def _noise(self) -> torch.Tensor:
+        return self._host.noise(self.num_tokens).to(self._stored).view(self._kept)

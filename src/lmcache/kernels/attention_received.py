@@ -22,6 +22,7 @@ _BLOCK_N = 64
 def _received_kernel(
     Q,
     K,
+    K_SCALE,
     OFFSETS,
     POSITIONS,
     KNOWN,
@@ -64,6 +65,9 @@ def _received_kernel(
         mask=known[None, :] & (d < DIM)[:, None],
         other=0.0,
     )
+    if K_SCALE is not None:
+        k = k.to(Q.dtype.element_ty)  # exact
+        scale *= tl.load(K_SCALE)
     received = tl.zeros([BLOCK_N], tl.float32)
     for m in range(0, num_queries, BLOCK_M):
         query = m + tl.arange(0, BLOCK_M)
@@ -118,6 +122,7 @@ def attention_received(
             (blocks, heads),
             q,
             kv.keys,
+            kv.key_scale,
             kv.offsets,
             positions,
             positions if known is None else known,

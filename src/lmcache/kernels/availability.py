@@ -15,6 +15,11 @@ def kernels_for(device: torch.device) -> bool:
     return _has_triton() and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
+def fp8_kernels_for(device: torch.device) -> bool:
+    """Whether kernels can have fp8 numbers there: Triton knows e4m3 of GPUs from compute capability 8.9 on."""
+    return kernels_for(device) and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9))
+
+
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.kernels.fp8 import as_fp8, real
 from lmcache.kernels.inverse import PANEL, invert
 from lmcache.kernels.kv_rows import KVRows
 from lmcache.kernels.launch import launch
@@ -147,6 +148,10 @@ def _covariance_kernel(
     for h in range(HEADS):
         k = tl.load(K + h * k_head + at[:, None] + d[None, :], mask=inside[:, None], other=0.0)
         f = tl.load(K + h * k_head + fresh_at[:, None] + d[None, :], mask=chosen[:, None], other=0.0)
+        if K.dtype.element_ty.is_fp8():
+            # Exact. Without their scale: keys count here by how alike they are among themselves.
+            k = k.to(tl.float16)
+            f = f.to(tl.float16)
         products = tl.dot(k, tl.trans(f), products, input_precision=PRECISION)
         wide = k.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
@@ -212,6 +217,7 @@ def _shift_kernel(
     IS_FRESH,
     OFFSETS,
     HELD,
+    SCALE,
     COMPUTED,
     WEIGHTS,
     held_head,
@@ -238,14 +244,14 @@ def _shift_kernel(
     inside = i < length
     d = tl.arange(0, DIM)
     p = tl.arange(0, PANEL)
-    kind = HELD.dtype.element_ty
+    kind = WEIGHTS.dtype.element_ty
     weights = WEIGHTS + piece.to(tl.int64) * longest * padded + i[:, None] * padded
     shift = tl.zeros([TILE, DIM], tl.float32)
     for k in range(0, count, PANEL):
         chosen = k + p < count
         fresh = tl.load(FRESH + first + k + p, mask=chosen, other=0)
         at = tl.multiple_of(tl.load(OFFSETS + fresh, mask=chosen, other=0), ALIGN)
-        before = tl.load(held + at[:, None] + d[None, :], mask=chosen[:, None], other=0.0).to(tl.float32)
+        before = real(tl.load(held + at[:, None] + d[None, :], mask=chosen[:, None], other=0.0), SCALE).to(tl.float32)
         source = computed + (first + k + p)[:, None].to(tl.int64) * computed_row + d[None, :]
         change = tl.load(source, mask=chosen[:, None], other=0.0).to(tl.float32) - before
         w = tl.load(weights + (k + p)[None, :], mask=inside[:, None], other=0.0)
@@ -254,8 +260,11 @@ def _shift_kernel(
     moves = inside & (tl.load(IS_FRESH + row, mask=inside, other=1) == 0)
     at = tl.multiple_of(tl.load(OFFSETS + row, mask=moves, other=0), ALIGN)
     to = held + at[:, None] + d[None, :]
-    moved = tl.load(to, mask=moves[:, None], other=0.0).to(tl.float32) + shift
-    tl.store(to, moved.to(kind), mask=moves[:, None])
+    moved = tl.load(to, mask=moves[:, None], other=0.0).to(tl.float32)
+    if SCALE is not None:
+        tl.store(to, as_fp8(moved + shift * (1.0 / tl.load(SCALE)), HELD.dtype.element_ty), mask=moves[:, None])
+    else:
+        tl.store(to, (moved + shift).to(kind), mask=moves[:, None])
 
 
 def can_krige(kv: KVRows, most: int) -> bool:
@@ -267,6 +276,7 @@ def can_krige(kv: KVRows, most: int) -> bool:
 def krige_weights(
     kv: KVRows,
     pieces: Pieces,
+    weights: torch.Tensor,
     *,
     passage: float,
     local: float,
@@ -274,18 +284,16 @@ def krige_weights(
     alike: float,
     reach: float,
     noise: float,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """How much the change of each fresh row counts for each row of its piece, ``[S, longest, padded]`` in the dtype of
-    the keys (``out``, if given). Hangs on the keys that were moved, and on no fresh one."""
+) -> None:
+    """Into ``weights`` (``[S, longest, padded]``, in the dtype of fresh keys): how much the change of each fresh row
+    counts for each row of its piece. Hangs on the keys that were moved, and on no fresh one."""
     count, padded, device = len(pieces.start), pieces.padded, kv.keys.device
     tiles, fresh_tiles = triton.cdiv(pieces.longest, _TILE), triton.cdiv(padded, _TILE)
     wide = torch.float32
     sums = torch.empty((count, tiles, 2), dtype=wide, device=device)
     covariance = torch.empty((count, pieces.longest, padded), dtype=wide, device=device)
     among = torch.empty((count, padded, padded), dtype=wide, device=device)
-    weights = pieces.room_for_weights(kv.keys.dtype) if out is None else out
-    exact = "ieee" if kv.keys.dtype == torch.float32 else "tf32"
+    exact = "ieee" if weights.dtype == torch.float32 else "tf32"
     shape = {"HEADS": kv.num_heads, "DIM": kv.dim, "ALIGN": kv.alignment, "TILE": _TILE}
     launch(
         _sums_kernel,
@@ -348,7 +356,6 @@ def krige_weights(
         PRECISION="tf32x3" if device.type == "cuda" else "ieee",
         num_warps=4,
     )
-    return weights
 
 
 def krige_shift(
@@ -361,10 +368,10 @@ def krige_shift(
     """
     count, padded = len(pieces.start), pieces.padded
     tiles = triton.cdiv(pieces.longest, _TILE)
-    exact = "ieee" if kv.keys.dtype == torch.float32 else "tf32"
-    for held, head_stride, computed in (
-        (kv.keys, kv.key_head_stride, fresh_keys),
-        (kv.values, kv.value_head_stride, fresh_values),
+    exact = "ieee" if weights.dtype == torch.float32 else "tf32"
+    for held, held_scale, head_stride, computed in (
+        (kv.keys, kv.key_scale, kv.key_head_stride, fresh_keys),
+        (kv.values, kv.value_scale, kv.value_head_stride, fresh_values),
     ):
         launch(
             _shift_kernel,
@@ -377,6 +384,7 @@ def krige_shift(
             pieces.is_fresh,
             kv.offsets,
             held,
+            held_scale,
             computed,
             weights,
             head_stride,

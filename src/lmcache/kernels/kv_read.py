@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.kernels.fp8 import real
 from lmcache.kernels.kv_rows import KVRows
 from lmcache.kernels.launch import launch
 
@@ -21,6 +22,8 @@ def _read_kernel(
     OFFSETS,
     K,
     V,
+    K_SCALE,
+    V_SCALE,
     OUT_K,
     OUT_V,
     num_rows,
@@ -44,13 +47,21 @@ def _read_kernel(
     read = held[:, None] & (d < DIM)[None, :]
     written = there[:, None] & (d < DIM)[None, :]
     to = (i.to(tl.int64) * HEADS * DIM + h * DIM)[:, None] + d[None, :]
-    tl.store(OUT_K + to, tl.load((K + at + h * k_head)[:, None] + d[None, :], mask=read, other=0.0), mask=written)
-    tl.store(OUT_V + to, tl.load((V + at + h * v_head)[:, None] + d[None, :], mask=read, other=0.0), mask=written)
+    out_k = OUT_K + to
+    k = tl.load((K + at + h * k_head)[:, None] + d[None, :], mask=read, other=0.0)
+    tl.store(out_k, real(k, K_SCALE), mask=written)
+    out_v = OUT_V + to
+    v = tl.load((V + at + h * v_head)[:, None] + d[None, :], mask=read, other=0.0)
+    tl.store(out_v, real(v, V_SCALE), mask=written)
 
 
 def read(kv: KVRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of ``rows`` (int32 ``[n]``), each ``[n, kv_heads, dim]`` and dense; zero where a row is −1."""
-    keys = torch.empty((len(rows), kv.num_heads, kv.dim), dtype=kv.keys.dtype, device=kv.keys.device)
+    """K and V of ``rows`` (int32 ``[n]``), each ``[n, kv_heads, dim]`` and dense; zero where a row is −1.
+
+    In the dtype of ``kv``, or float32 where that is fp8.
+    """
+    dtype = kv.keys.dtype if kv.key_scale is None else torch.float32
+    keys = torch.empty((len(rows), kv.num_heads, kv.dim), dtype=dtype, device=kv.keys.device)
     values = torch.empty_like(keys)
     if len(rows):
         launch(
@@ -60,6 +71,8 @@ def read(kv: KVRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             kv.offsets,
             kv.keys,
             kv.values,
+            kv.key_scale,
+            kv.value_scale,
             keys,
             values,
             len(rows),
@@ -84,6 +97,8 @@ def _deviation_kernel(
     OFFSETS,
     K,
     V,
+    K_SCALE,
+    V_SCALE,
     OUT,
     num_rows,
     from_k_row,
@@ -107,8 +122,8 @@ def _deviation_kernel(
     fresh_v = tl.load(FROM_V + i * from_v_row + (h * from_v_head)[:, None] + d[None, :], mask=whole, other=0.0)
     held_k = tl.load(K + at + (h * k_head)[:, None] + d[None, :], mask=whole, other=0.0)
     held_v = tl.load(V + at + (h * v_head)[:, None] + d[None, :], mask=whole, other=0.0)
-    k = fresh_k.to(tl.float32) - held_k.to(tl.float32)
-    v = fresh_v.to(tl.float32) - held_v.to(tl.float32)
+    k = fresh_k.to(tl.float32) - real(held_k, K_SCALE).to(tl.float32)
+    v = fresh_v.to(tl.float32) - real(held_v, V_SCALE).to(tl.float32)
     tl.store(OUT + i, tl.sum(k * k))
     tl.store(OUT + num_rows + i, tl.sum(v * v))
 
@@ -127,6 +142,8 @@ def deviation(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, kv: 
             kv.offsets,
             kv.keys,
             kv.values,
+            kv.key_scale,
+            kv.value_scale,
             out,
             len(rows),
             keys.stride(0),

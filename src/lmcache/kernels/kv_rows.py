@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from lmcache.memory.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,9 @@ class KVRows:
 
     ``offsets`` (int64 ``[N]``, on the device) are the same in all layers of an engine; all are multiples of
     ``alignment``, as are the head strides.
+
+    ``key_scale`` and ``value_scale`` (float32 ``[1]``, on the device) come with fp8 ``keys`` and ``values``, and only
+    with those: real numbers are stored ones times that.
     """
 
     keys: torch.Tensor
@@ -26,15 +32,30 @@ class KVRows:
     key_head_stride: int
     value_head_stride: int
     alignment: int
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
 
     def part(self, rows: slice) -> KVRows:
-        return self._like(self.keys, self.values, self.offsets[rows])
+        return self._like(self.keys, self.values, self.offsets[rows], self.key_scale, self.value_scale)
 
-    def at(self, keys: torch.Tensor, values: torch.Tensor) -> KVRows:
+    def at(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_scale: torch.Tensor | None = None,
+        value_scale: torch.Tensor | None = None,
+    ) -> KVRows:
         """The same rows of another layer."""
-        return self._like(keys, values, self.offsets)
+        return self._like(keys, values, self.offsets, key_scale, value_scale)
 
-    def _like(self, keys: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor) -> KVRows:
+    def _like(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        offsets: torch.Tensor,
+        key_scale: torch.Tensor | None,
+        value_scale: torch.Tensor | None,
+    ) -> KVRows:
         # Twice a layer: `dataclasses.replace` takes three times as long.
         return KVRows(
             keys,
@@ -46,7 +67,22 @@ class KVRows:
             self.key_head_stride,
             self.value_head_stride,
             self.alignment,
+            key_scale,
+            value_scale,
         )
+
+    @classmethod
+    def one_after_the_other(cls, layers: Sequence[KVRows]) -> KVRows | None:
+        """The rows of all ``layers`` as those of one, which a kernel may treat together; the scales are the first's.
+        None where layers do not lie alike, so that one distance does not tell."""
+        first = layers[0]
+        distances = [distance(first, layer) for layer in layers]
+        known = [apart for apart in distances if apart is not None]
+        if len(known) < len(layers):
+            return None
+        steps = to_device(torch.tensor(known), first.offsets.device)
+        offsets = (steps[:, None] + first.offsets).flatten()
+        return first._like(first.keys, first.values, offsets, first.key_scale, first.value_scale)
 
     @classmethod
     def of_tensors(cls, keys: torch.Tensor, values: torch.Tensor) -> KVRows:
@@ -65,6 +101,16 @@ class KVRows:
             value_head_stride=values.stride(1),
             alignment=power_of_two(math.gcd(*strides)),
         )
+
+
+def distance(first: KVRows, other: KVRows) -> int | None:
+    """How far ``other`` lies behind ``first``, in elements; None where K and V differ, or it is no multiple of the
+    alignment."""
+    apart = {
+        there.data_ptr() - here.data_ptr() for here, there in ((first.keys, other.keys), (first.values, other.values))
+    }
+    nbytes, size = apart.pop(), first.keys.element_size()
+    return None if apart or nbytes % (first.alignment * size) else nbytes // size
 
 
 def power_of_two(number: int) -> int:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.kernels.fp8 import as_fp8
 from lmcache.kernels.kv_rows import KVRows
 from lmcache.kernels.launch import launch
 
@@ -27,6 +28,10 @@ class Turns:
     sin: torch.Tensor
     of_row: torch.Tensor
     is_neox_style: bool
+
+    def repeated(self, count: int) -> Turns:
+        """For the same rows ``count`` times, one after the other."""
+        return Turns(self.cos, self.sin, self.of_row.repeat(count), self.is_neox_style)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -84,8 +89,13 @@ def _place_kernel(
         x = tl.load(k_from[:, None] + x_at[None, :], mask=pairs, other=0.0).to(tl.float32)
         y = tl.load(k_from[:, None] + y_at[None, :], mask=pairs, other=0.0).to(tl.float32)
         kind = K.dtype.element_ty
-        tl.store(k_to[:, None] + x_at[None, :], (x * cos - y * sin).to(kind), mask=pairs)
-        tl.store(k_to[:, None] + y_at[None, :], (y * cos + x * sin).to(kind), mask=pairs)
+        if kind.is_fp8():
+            # What turns real numbers turns stored ones just as well: they differ by a factor.
+            tl.store(k_to[:, None] + x_at[None, :], as_fp8(x * cos - y * sin, kind), mask=pairs)
+            tl.store(k_to[:, None] + y_at[None, :], as_fp8(y * cos + x * sin, kind), mask=pairs)
+        else:
+            tl.store(k_to[:, None] + x_at[None, :], (x * cos - y * sin).to(kind), mask=pairs)
+            tl.store(k_to[:, None] + y_at[None, :], (y * cos + x * sin).to(kind), mask=pairs)
         if 2 * HALF < DIM:
             rest = whole & (d >= 2 * HALF)[None, :]
             tl.store(k_to[:, None] + d[None, :], tl.load(k_from[:, None] + d[None, :], mask=rest), mask=rest)
@@ -101,7 +111,8 @@ def place(
     kv: KVRows,
     turns: Turns | None,
 ) -> None:
-    """K and V of ``n`` tokens to ``rows`` of ``kv``, the keys turned on the way, with one rounding.
+    """K and V of ``n`` tokens to ``rows`` of ``kv``, the keys turned on the way, with one rounding. fp8 is taken to
+    have the same scales on both sides.
 
     Args:
         staged: ``[m, kv_heads · dim]``, dense, of the dtype of ``kv``; ``k_from`` and ``v_from`` (int32 ``[n]``) are
@@ -153,6 +164,8 @@ def _write_kernel(
     OFFSETS,
     K,
     V,
+    K_SCALE,
+    V_SCALE,
     num_rows,
     from_k_row,
     from_k_head,
@@ -181,16 +194,24 @@ def _write_kernel(
     v_to = (V + to + h * v_head)[:, None] + d[None, :]
     k = tl.load((FROM_K + i.to(tl.int64) * from_k_row + h * from_k_head)[:, None] + d[None, :], mask=whole, other=0.0)
     v = tl.load((FROM_V + i.to(tl.int64) * from_v_row + h * from_v_head)[:, None] + d[None, :], mask=whole, other=0.0)
+    if K_SCALE is not None:
+        # Divided as exactly as vLLM does it, so that rows that it would write too get the same numbers.
+        k = tl.div_rn(k.to(tl.float32), tl.load(K_SCALE))
+        v = tl.div_rn(v.to(tl.float32), tl.load(V_SCALE))
     if ADD:
         k = k.to(tl.float32) + tl.load(k_to, mask=whole, other=0.0).to(tl.float32)
         v = v.to(tl.float32) + tl.load(v_to, mask=whole, other=0.0).to(tl.float32)
+    if K_SCALE is not None:
+        k = as_fp8(k, K.dtype.element_ty)
+        v = as_fp8(v, V.dtype.element_ty)
     tl.store(k_to, k.to(K.dtype.element_ty), mask=whole)
     tl.store(v_to, v.to(V.dtype.element_ty), mask=whole)
 
 
 def write(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, kv: KVRows, *, add: bool = False) -> None:
     """``keys`` and ``values`` ``[n, kv_heads, dim]`` (last dim dense) take the place of ``rows`` (int32 ``[n]``) of
-    ``kv``, or are added to them in float32 and rounded once. Rows of −1 are left out."""
+    ``kv``, or are added to them in float32 and rounded once. Rows of −1 are left out. Real numbers, also where the
+    rows are fp8: what is too large for these becomes their largest."""
     num_rows = len(rows)
     if not num_rows:
         return
@@ -203,6 +224,8 @@ def write(keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, kv: KVRo
         kv.offsets,
         kv.keys,
         kv.values,
+        kv.key_scale,
+        kv.value_scale,
         num_rows,
         keys.stride(0),
         keys.stride(1),

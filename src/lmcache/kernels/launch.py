@@ -38,7 +38,8 @@ def launch(
     """``kernel[grid](*args, **constexprs, …)``, on the current stream.
 
     ``args`` are all that are no constants, in the order of the kernel, which has its constants last. Numbers that
-    differ from call to call belong into its ``do_not_specialize``: each value of another one is remembered.
+    differ from call to call belong into its ``do_not_specialize``: each value of another one is remembered. None is
+    compiled for, as a constant is.
     """
     signature = _signatures.get(id(kernel), _UNKNOWN)
     if signature is _UNKNOWN:

@@ -44,6 +44,8 @@ def _attend_kernel(
     Q,
     K,
     V,
+    K_SCALE,
+    V_SCALE,
     OFFSETS,
     POSITIONS,
     KNOWN,
@@ -97,6 +99,13 @@ def _attend_kernel(
         mask=there[:, None] & (d < DIM)[None, :],
         other=0.0,
     )
+    if K_SCALE is not None:
+        scale *= tl.load(K_SCALE)
+        if q.dtype == tl.bfloat16:
+            # A GPU turns two numbers of fp8 into float16 at once, and into bfloat16 by way of float16. A 16th of a
+            # query is as exact as the query, and never too large.
+            q = (q.to(tl.float32) * 0.0625).to(tl.float16)
+            scale *= 16.0
     position = tl.load(POSITIONS + query, mask=there, other=-1)
     last = tl.max(position)
     first = tl.min(tl.where(there, position, 1 << 30))
@@ -138,6 +147,8 @@ def _attend_kernel(
             k = tl.load(k_base + at[None, :] + d[:, None])
         else:
             k = tl.load(k_base + at[None, :] + d[:, None], mask=(d < DIM)[:, None], other=0.0)
+        if K_SCALE is not None:
+            k = k.to(q.dtype)  # exact
         s = _scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
         higher = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
@@ -147,6 +158,8 @@ def _attend_kernel(
             v = tl.load(v_base + at[:, None] + d[None, :])
         else:
             v = tl.load(v_base + at[:, None] + d[None, :], mask=(d < V_DIM)[None, :], other=0.0)
+        if V_SCALE is not None:
+            v = v.to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = higher
 
@@ -157,6 +170,8 @@ def _attend_kernel(
         if HAS_KNOWN:
             inside &= tl.load(KNOWN + j, mask=inside, other=0) != 0
         k = tl.load(k_base + at[None, :] + d[:, None], mask=inside[None, :] & (d < DIM)[:, None], other=0.0)
+        if K_SCALE is not None:
+            k = k.to(q.dtype)
         s = _scores(q, k, scale, softcap, HAS_SOFTCAP, PRECISION)
         sees = (j[None, :] <= position[:, None]) & inside[None, :]
         if HAS_WINDOW:
@@ -167,6 +182,8 @@ def _attend_kernel(
         decay = tl.exp2(top - higher)
         total = total * decay + tl.sum(p, 1)
         v = tl.load(v_base + at[:, None] + d[None, :], mask=inside[:, None] & (d < V_DIM)[None, :], other=0.0)
+        if V_SCALE is not None:
+            v = v.to(q.dtype)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         top = higher
 
@@ -180,6 +197,8 @@ def _attend_kernel(
         acc = acc * decay[:, None]
         top = higher
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    if V_SCALE is not None:
+        acc *= tl.load(V_SCALE)
     tl.store(
         OUT + split * out_split + query.to(tl.int64)[:, None] * out_row + head[:, None] * out_head + d[None, :],
         acc.to(OUT.dtype.element_ty),
@@ -225,8 +244,8 @@ def sparse_attention(
     :class:`lmcache.blend.host.Attend` and :class:`lmcache.blend.attention.QueryMask`; every query sees a known key.
 
     Args:
-        seen_by_all: a part that is done already; not with ``sliding_window``, ``sinks`` or ``known``. A tile of queries
-            must lie within a run of it.
+        seen_by_all: a part that is done already; not with ``sliding_window``, ``sinks``, ``known`` or fp8. A tile of
+            queries must lie within a run of it.
         splits: parts that the keys are cut into; None: as many as fill the GPU.
         blocks: tile of queries × heads of a group, tile of keys, warps, stages.
 
@@ -243,8 +262,8 @@ def sparse_attention(
         splits = 1
         if seen_by_all.tokens * group % block_m:
             raise ValueError(f"tiles of {block_m} queries × heads do not lie in runs of {seen_by_all.tokens} × {group}")
-        if not (sliding_window is None and sinks is None and known is None):
-            raise ValueError("a part that all see cannot be joined with a window, sinks or hidden keys")
+        if not (sliding_window is None and sinks is None and known is None and kv.key_scale is None):
+            raise ValueError("a part that all see cannot be joined with a window, sinks, hidden keys or fp8")
     if splits is None:
         splits = _splits(tiles * kv.num_heads, len(kv.offsets), block_n, q.device)
     kind = q.dtype if splits == 1 else torch.float32
@@ -256,6 +275,8 @@ def sparse_attention(
         q,
         kv.keys,
         kv.values,
+        kv.key_scale,
+        kv.value_scale,
         kv.offsets,
         positions,
         positions if known is None else known,

@@ -70,17 +70,18 @@ class RowCorrection:
 
 @dataclass(frozen=True)
 class RowsAhead:
-    """A layer of which fresh rows are still being computed: ``rows`` (int64, on the CPU) will be.
+    """Rows that will be fresh in every layer: ``rows`` (int64, on the CPU), computed in ``dtype``.
 
-    ``layers(n)``: this layer and up to ``n − 1`` behind it, whose moved KV is in place then. ``spans`` and ``memo`` are
-    those of the :class:`RowCorrection` that will come.
+    ``layers(first, n)``: the moved KV of layer ``first`` and of up to ``n − 1`` behind it, which is in place then;
+    ``in_place``: that of all layers is already. ``spans`` and ``memo`` are those of the :class:`RowCorrection` to come.
     """
 
-    layer_id: int
     rows: torch.Tensor
+    dtype: torch.dtype
     spans: tuple[tuple[int, int], ...]
     memo: Memo
-    layers: Callable[[int], Sequence[KVRows]]
+    layers: Callable[[int, int], Sequence[KVRows]]
+    in_place: bool
 
 
 class Corrector(ABC):
@@ -109,6 +110,7 @@ class BatchedCorrector(Corrector):
     def correct_rows(self, layer: RowCorrection) -> None:
         """What :meth:`correct` does, up to rounding."""
 
-    def get_ready(self, ahead: RowsAhead) -> None:
-        """What does not hang on fresh rows, before :meth:`correct_rows` of the same layer. It is never recorded, so it
-        may do the work of several layers at a time."""
+    def preparation(self, ahead: RowsAhead) -> Callable[[int], None] | None:
+        """To be called with a layer's number before :meth:`correct_rows`: does what does not hang on fresh rows. It is
+        never recorded, so it may do the work of several layers at a time."""
+        return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from lmcache.blend.correctors.interface import BatchedCorrector, LayerCorrection, RowCorrection, RowsAhead
-from lmcache.blend.correctors.kriging_rows import Covariance, correct_pieces, get_ready
+from lmcache.blend.correctors.kriging_rows import Covariance, correct_pieces, preparation
 from lmcache.blend.correctors.sampled_span import PieceLimits, SampledSpan, sampled_spans
 from lmcache.blend.cpu_linear import linear
 
@@ -64,8 +66,8 @@ class KrigingCorrector(BatchedCorrector):
         for span in sampled_spans(layer, _LIMITS):
             self._correct(span)
 
-    def get_ready(self, ahead: RowsAhead) -> None:
-        get_ready(ahead, self._constants, _LIMITS)
+    def preparation(self, ahead: RowsAhead) -> Callable[[int], None] | None:
+        return preparation(ahead, self._constants, _LIMITS)
 
     def correct_rows(self, layer: RowCorrection) -> None:
         correct_pieces(layer, self._constants, _LIMITS)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from lmcache.blend.correctors.sampled_span import PieceLimits, cut_spans
 from lmcache.kernels.availability import kernels_for
 
 if TYPE_CHECKING:
+    from lmcache.blend.correctors.kriging_kernels import KernelKriging
     from lmcache.kernels.kv_rows import KVRows
 
 # Elements of the largest matrix of a batch: 128 MiB in float32.
@@ -81,18 +82,13 @@ class PieceBatch:
         return exponent.exp_().mul_(of.local).add_(of.passage).mul_(self.weight[:, None])
 
 
-class PieceKriging(Protocol):
-    """Corrects some pieces, layer by layer."""
-
-    def get_ready(self, ahead: RowsAhead) -> None: ...
-
-    def correct(self, layer: RowCorrection) -> None: ...
-
-
-def get_ready(ahead: RowsAhead, of: Covariance, limits: PieceLimits) -> None:
+def preparation(ahead: RowsAhead, of: Covariance, limits: PieceLimits) -> Callable[[int], None] | None:
     """What :func:`correct_pieces` needs of moved KV alone."""
-    for way in _ways(ahead, ahead.layers(1)[0], limits, of):
-        way.get_ready(ahead)
+    for way in _ways(ahead, ahead.layers(0, 1)[0], limits, of):
+        if not isinstance(way, _ByTorch):
+            way.look_ahead(ahead)
+            return way.get_ready
+    return None
 
 
 def correct_pieces(layer: RowCorrection, of: Covariance, limits: PieceLimits) -> None:
@@ -101,9 +97,11 @@ def correct_pieces(layer: RowCorrection, of: Covariance, limits: PieceLimits) ->
         way.correct(layer)
 
 
-def _ways(layer: RowCorrection | RowsAhead, kv: KVRows, limits: PieceLimits, of: Covariance) -> list[PieceKriging]:
+def _ways(
+    layer: RowCorrection | RowsAhead, kv: KVRows, limits: PieceLimits, of: Covariance
+) -> list[KernelKriging | _ByTorch]:
     key = ("kriging", layer.spans, of)
-    ways: list[PieceKriging] | None = layer.memo.get(key)
+    ways: list[KernelKriging | _ByTorch] | None = layer.memo.get(key)
     if ways is None:
         ways = layer.memo[key] = _made(layer.spans, layer.rows, kv, limits, of)
     return ways
@@ -111,7 +109,7 @@ def _ways(layer: RowCorrection | RowsAhead, kv: KVRows, limits: PieceLimits, of:
 
 def _made(
     spans: Sequence[tuple[int, int]], rows: torch.Tensor, kv: KVRows, limits: PieceLimits, of: Covariance
-) -> list[PieceKriging]:
+) -> list[KernelKriging | _ByTorch]:
     pieces = [
         Piece(start, end - start, first, last - first) for start, end, first, last in cut_spans(spans, rows, limits)
     ]
@@ -123,7 +121,7 @@ def _made(
 
     small = [piece for piece in pieces if can_krige(kv, piece.num_fresh)]
     large = [piece for piece in pieces if not can_krige(kv, piece.num_fresh)]
-    ways: list[PieceKriging] = []
+    ways: list[KernelKriging | _ByTorch] = []
     if small:
         # Only room is lost where one is shorter.
         ways.append(KernelKriging(batches(small, alike=False), rows, len(kv.offsets), device, of))
@@ -137,9 +135,6 @@ class _ByTorch:
         made = [PieceBatch(batch, rows, device) for batch in batches(pieces, alike=True)]
         self._batches = [(batch, batch.nearness(of)) for batch in made]
         self._of = of
-
-    def get_ready(self, ahead: RowsAhead) -> None:
-        """Nothing is kept."""
 
     def correct(self, layer: RowCorrection) -> None:
         for batch, nearness in self._batches:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lmcache.blend.correctors import make_corrector
 from lmcache.blend.correctors.interface import Corrector
+from lmcache.blend.fp8_pages import Fp8Pages
 from lmcache.blend.graph_recorder import GraphRecorder, WorkRecorder
 from lmcache.blend.layer_room import LayerRoom
 from lmcache.blend.paged_batch import can_blend_in_pages
@@ -24,7 +25,9 @@ from lmcache.blend.staged_layers import StagingRing
 from lmcache.blend.warm_kernels import AttentionKind, warm_kernels
 from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.blend.ropes import find_ropes
+from lmcache.integration.vllm.attention_writer import AttentionWriter
 from lmcache.integration.vllm.blend.flash_attention import flash_attention
+from lmcache.integration.vllm.blend.fp8_layers import fp8_pages, scales_of
 from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
@@ -66,20 +69,36 @@ class Blender:
     """One for a model and its pages."""
 
     def __init__(
-        self, model: VLLMModel, ropes: Sequence[FusedRope | None], connector: PagedConnector, max_rows: int
+        self,
+        model: VLLMModel,
+        ropes: Sequence[FusedRope | None],
+        connector: PagedConnector,
+        max_rows: int,
+        fp8: Fp8Pages | None = None,
     ) -> None:
-        """``max_rows``: tokens of a forward that vLLM has sized its memory for."""
+        """``max_rows``: tokens of a forward that vLLM has sized its memory for. ``fp8``: None where the pages hold real
+        numbers.
+
+        Raises:
+            UnsupportedModelError: nothing here can blend in these pages.
+        """
         self._model = model
         self._ropes = ropes
         self._connector = connector
         self._max_rows = max_rows
         self._room = LayerRoom()
-        in_pages = can_blend_in_pages(connector, ropes)
+        self._fp8 = fp8
+        in_pages = can_blend_in_pages(connector, ropes, fp8)
+        if fp8 is not None and not in_pages:
+            raise UnsupportedModelError(
+                model.model,
+                "its KV pages are fp8, which kernels alone can blend: with Triton, from compute capability 8.9 on",
+            )
         self._ring = StagingRing(connector.tensors[0].device) if in_pages else None
         self._recorder: WorkRecorder | None = None
         if not in_pages and connector.tensors[0].device.type != "cpu":
             logger.warning("CacheBlend is slow here: its kernels do not know pages like these, or Triton is missing")
-        self._dense = flash_attention(next(iter(model.layers.values()))) if in_pages else None
+        self._dense = flash_attention(next(iter(model.layers.values()))) if in_pages and fp8 is None else None
 
     @classmethod
     def find(cls, vllm_config: VllmConfig, connector: PagedConnector, layer_names: Sequence[str]) -> Blender:
@@ -104,7 +123,9 @@ class Blender:
             raise UnsupportedModelError(
                 found, f"pages of the layout {connector.kv_layout.name!r} are packed: single tokens cannot be read"
             )
-        return cls(model, find_ropes(model), connector, vllm_config.scheduler_config.max_num_batched_tokens)
+        writer = AttentionWriter(vllm_config, list(layer_names))
+        fp8 = fp8_pages(found, list(model.layers.values()), connector, writer)
+        return cls(model, find_ropes(model), connector, vllm_config.scheduler_config.max_num_batched_tokens, fp8)
 
     def warm_up(self, policy: SelectionPolicy, corrector: Corrector, *, cuda_graphs: bool) -> None:
         """Have the kernels compiled that ``policy`` and ``corrector`` need, and with ``cuda_graphs`` the model's small
@@ -118,10 +139,16 @@ class Blender:
                 AttentionKind(layer.num_heads, scoring.scale, scoring.sliding_window, scoring.softcap, scoring.sinks)
             )
         ways = [(policy, corrector), (make_policy("kv_deviation"), make_corrector("none"))]
-        warm_kernels(self._connector, self._ropes, layers, self._ring, ways)
+        warm_kernels(self._connector, self._ropes, layers, self._ring, ways, self._pages_now())
         if cuda_graphs and self._ring.device.type == "cuda":
             self._model.capture(self._max_rows)
             self._recorder = GraphRecorder(self._ring.device)
+
+    def _pages_now(self) -> Fp8Pages | None:
+        """With the scales that vLLM's layers have now."""
+        if self._fp8 is not None and (scales := scales_of(self._model.layers.values())) != self._fp8.scales:
+            self._fp8 = replace(self._fp8, scales=scales)
+        return self._fp8
 
     @torch.inference_mode()
     def run(self, requests: Sequence[PagedRequest]) -> dict[str, BlendReport | Exception]:
@@ -179,6 +206,7 @@ class Blender:
             ring=self._ring,
             dense=self._dense,
             recorder=self._recorder,
+            fp8=self._pages_now(),
         )
         seconds = {**result.seconds, "total": time.perf_counter() - start}
         return {

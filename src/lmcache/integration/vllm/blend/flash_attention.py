@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lmcache.blend.dense_runs import RUN_TOKENS, DenseAttention, DenseRuns, dense_runs
+from lmcache.blend.dense_runs import DenseAttention, DenseRuns, dense_runs, run_tokens
 from lmcache.observability.logging import init_logger
 
 logger = init_logger(__name__)
@@ -33,7 +33,7 @@ def flash_attention(layer: Any) -> DenseAttention | None:
             q=q.index_select(0, runs.order),
             k=key_pages,
             v=value_pages,
-            max_seqlen_q=RUN_TOKENS,
+            max_seqlen_q=runs.tokens,
             cu_seqlens_q=runs.starts,
             max_seqlen_k=runs.most_keys,
             seqused_k=runs.keys_in_order,
@@ -62,13 +62,14 @@ def _error(attend: DenseAttention, layer: Any) -> float:
     from lmcache.kernels.sparse_attention import SeenByAll, sparse_attention
 
     keys, values = torch.randn(2, _KEYS, layer.num_kv_heads, layer.head_size, device="cuda").to(torch.bfloat16)
-    positions = torch.arange(_KEYS - 1, 0, -_KEYS // (6 * RUN_TOKENS)).flip(0)
+    positions = torch.arange(_KEYS - 1, 0, -8).flip(0)
     q = torch.randn(len(positions), layer.num_heads, layer.head_size, device="cuda").to(torch.bfloat16)
-    runs = dense_runs(positions, torch.arange(_KEYS // _BLOCK, dtype=torch.int32, device="cuda"), q.device)
+    tokens = run_tokens(layer.num_heads // layer.num_kv_heads)
+    runs = dense_runs(positions, torch.arange(_KEYS // _BLOCK, dtype=torch.int32, device="cuda"), q.device, tokens)
     scale = layer.head_size**-0.5
     at, rows = positions.to("cuda", torch.int32), KVRows.of_tensors(keys, values)
     pages = [plane.view(-1, _BLOCK, *plane.shape[1:]) for plane in (keys, values)]
     out, lse = attend(q, pages[0], pages[1], runs, scale)
-    joined, _ = sparse_attention(q, rows, at, scale=scale, seen_by_all=SeenByAll(RUN_TOKENS, runs.keys, out, lse))
+    joined, _ = sparse_attention(q, rows, at, scale=scale, seen_by_all=SeenByAll(runs.tokens, runs.keys, out, lse))
     alone, _ = sparse_attention(q, rows, at, scale=scale)
     return float((joined.float() - alone.float()).norm() / alone.float().norm())

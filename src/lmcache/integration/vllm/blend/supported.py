@@ -10,6 +10,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType
 
 from lmcache.integration.blend.model import UnsupportedModelError
+from lmcache.integration.vllm.blend import fp8_layers
 from lmcache.integration.vllm.blend.scoring import Scoring
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def _reason_against(layer: Any) -> str | None:
         return "is not causal"
     if layer.kv_sharing_target_layer_name is not None:
         return f"uses the KV of {layer.kv_sharing_target_layer_name}"
-    if layer.kv_cache_torch_dtype != layer.dtype:
-        return f"computes in {layer.dtype} and keeps its KV as {layer.kv_cache_dtype}"
+    if layer.kv_cache_torch_dtype != layer.dtype and (reason := fp8_layers.reason_against(layer)) is not None:
+        return reason
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         return "adds ALiBi to its scores"
     if getattr(layer.impl, "chunk_lookback", -1) > -1:
