@@ -34,7 +34,8 @@ def run_tokens(group: int) -> int:
 
 @dataclass(frozen=True)
 class DenseRuns:
-    """Runs of ``tokens`` queries, the last one of fewer, over the pages ``blocks`` (int32 ``[R, B]``, for every run the same). All on the device.
+    """Runs of ``tokens`` queries, the last one of fewer, over the pages ``blocks`` (int32 ``[R, B]``, for every run the
+    same). All on the device.
 
     ``keys`` (int32 ``[R]``): how many keys all queries of a run see; ``most_keys`` is the largest of them.
 

@@ -29,7 +29,8 @@ from lmcache.blend.layer_replay import LayerReplays
 from lmcache.blend.paged_layer import OnDevice, PagedLayer, PromptPages, dense_heads
 from lmcache.blend.place_layers import PlaceLayers
 from lmcache.blend.rope import FusedRope
-from lmcache.blend.staged_layers import SourceError, StagedLayers, StagingRing
+from lmcache.blend.staged_ahead import StagedAhead, stage
+from lmcache.blend.staged_layers import SourceError, StagingRing
 from lmcache.memory.to_device import to_device
 from lmcache.paging.paged_connector import PagedConnector
 
@@ -55,17 +56,19 @@ class PagedBatchKV(BatchKV):
         dense: DenseAttention | None = None,
         recorder: WorkRecorder | None = None,
         fp8: Fp8Pages | None = None,
+        ahead: StagedAhead | None = None,
     ) -> None:
         """``slots``: int64 ``[N]`` on the CPU, one for every row of the batch. ``exact``: bool ``[N]``, rows whose KV
         is in the pages and stays as it is, whatever is computed. ``dense``: the engine's own attention; not of fp8.
         ``recorder``: spares the host the work that is the same in all layers. ``fp8``: None where the pages hold real
-        numbers."""
+        numbers. ``ahead``: what was staged for this batch already."""
         from lmcache.blend.page_rows import page_offsets, page_rows
 
         super().__init__(batch, ropes, corrector)
         layout = connector.kv_layout
         self._moved = [placed for placed in batch.placed if not placed.span.exact]
-        self._staged = StagedLayers(self._moved, len(ropes), (layout.num_heads, layout.head_dim), layout.dtype, ring)
+        staged = None if ahead is None else ahead.take(self._moved)
+        self._staged = staged or stage(self._moved, len(ropes), layout, ring)
         self._connector = connector
         self._sent = OnDevice(ring.device, exact)
         self._pages = PromptPages(slots, layout.block_size, ring.device, dense if fp8 is None else None)
@@ -78,8 +81,9 @@ class PagedBatchKV(BatchKV):
             ]
         self._kv = page_rows(layout, self._planes[0][0], self._planes[0][1], offsets).at(*self._planes[0])
         self._placing = PlaceLayers(self._staged, self._moved, batch, ropes, ring.device)
-        # Only now: layers fill the way to the device for milliseconds.
-        self._staged.begin()
+        if staged is None:
+            # Only now: layers fill the way to the device for milliseconds.
+            self._staged.begin()
         self._replays: LayerReplays | None = None
         if recorder is not None and corrector.alike_in_layers:
             scales = None if fp8 is None or fp8.alike else fp8.table

@@ -25,6 +25,7 @@ from lmcache.blend.passage_lease import HeldPassage
 from lmcache.blend.plan import BlendPlan, ReusedSpan
 from lmcache.blend.policies.interface import SelectionPolicy
 from lmcache.blend.rope import FusedRope
+from lmcache.blend.staged_ahead import StagedAhead
 from lmcache.blend.staged_layers import StagingRing
 from lmcache.paging.paged_connector import PagedConnector
 
@@ -74,6 +75,7 @@ def blend_pages(
     dense: DenseAttention | None = None,
     recorder: WorkRecorder | None = None,
     fp8: Fp8Pages | None = None,
+    ahead: StagedAhead | None = None,
 ) -> BlendResult[Output]:
     """Blend ``prompts`` in one pass and write the KV of all but their exact tokens into the pages, layer by layer.
 
@@ -81,8 +83,9 @@ def blend_pages(
     result has "write" besides the phases of :func:`lmcache.blend.blend_pass.blend`.
 
     With ``ring``, and a slot for every token, kernels blend in the pages themselves (see
-    :func:`lmcache.blend.paged_batch.can_blend_in_pages`), helped by the engine's own attention, ``dense``, and by
-    ``recorder``; otherwise in memory that ``room`` gives, which ``fp8`` pages cannot be.
+    :func:`lmcache.blend.paged_batch.can_blend_in_pages`), helped by the engine's own attention, ``dense``, by
+    ``recorder``, and by what was staged ``ahead``, if it was for these prompts; otherwise in memory that ``room``
+    gives, which ``fp8`` pages cannot be.
 
     Raises:
         ValueError: pages in fp8, but no ``ring``, or a token without a slot.
@@ -109,6 +112,7 @@ def blend_pages(
                 dense=dense,
                 recorder=recorder,
                 fp8=fp8,
+                ahead=ahead,
             ),
         )
     if fp8 is not None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lmcache.memory.to_device import to_device
-
 
 @dataclass(frozen=True)
 class KVRows:
@@ -80,7 +78,7 @@ class KVRows:
         known = [apart for apart in distances if apart is not None]
         if len(known) < len(layers):
             return None
-        steps = to_device(torch.tensor(known), first.offsets.device)
+        steps = torch.tensor(known).to(first.offsets.device, non_blocking=True)
         offsets = (steps[:, None] + first.offsets).flatten()
         return first._like(first.keys, first.values, offsets, first.key_scale, first.value_scale)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lmcache.integration.guard import never_raise, report_failure
-from lmcache.integration.vllm.blend.scheduling import BlendScheduling
+from lmcache.integration.vllm.blend.scheduling import BlendScheduling, PreparedBlend
 from lmcache.integration.vllm.connector_metadata import BlendOp, LMCacheConnectorMetadata, LoadOp
 from lmcache.integration.vllm.parallel.ranked_cache import RankedCache
 from lmcache.integration.vllm.request_tracker import RequestTracker
@@ -95,10 +95,17 @@ class SchedulerSide:
             others = (other.request for other in self._trackers.values())
             if scheduling.prefix_in_flight(tracker.request, local_tokens, others):
                 return None if self._may_wait(tracker) else False
-            return scheduling.promise(tracker.blend, tracker.request, tokens, exact_tokens)
+            promised = scheduling.promise(tracker.blend, tracker.request, tokens, exact_tokens)
         except Exception as error:
             report_failure(self.metrics, "blend_look_up", error)
             return False
+        if promised and tracker.blend.prepared is not None:
+            self._stage(tracker.blend.prepared)
+        return promised
+
+    @never_raise(lambda: None)
+    def _stage(self, prepared: PreparedBlend) -> None:
+        self._shared.stage(prepared)
 
     def _blend_scheduling(self) -> BlendScheduling | None:
         """Made once, when the worker role has found that the model can be blended."""

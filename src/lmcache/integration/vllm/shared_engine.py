@@ -92,6 +92,11 @@ class SharedEngine:
         self.prepared_blends[op.req_id] = prepared
         return op
 
+    def stage(self, prepared: PreparedBlend) -> None:
+        """The worker role will be given ``prepared`` in this step, unless vLLM finds no room for its request."""
+        if self.blender is not None:
+            self.blender.stage(prepared)
+
     def settle(self, req_id: str) -> None:
         """``req_id`` has ended. The worker role has told what became of it already."""
 

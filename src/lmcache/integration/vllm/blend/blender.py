@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from lmcache.blend.plan import BlendPlan
 from lmcache.blend.policies import make_policy
 from lmcache.blend.policies.interface import SelectionPolicy
 from lmcache.blend.rope import FusedRope
+from lmcache.blend.staged_ahead import StagedAhead
 from lmcache.blend.staged_layers import StagingRing
 from lmcache.blend.warm_kernels import AttentionKind, warm_kernels
 from lmcache.integration.blend.model import UnsupportedModelError
@@ -96,6 +98,8 @@ class Blender:
             )
         self._ring = StagingRing(connector.tensors[0].device) if in_pages else None
         self._recorder: WorkRecorder | None = None
+        self._ahead: tuple[PreparedBlend, StagedAhead] | None = None
+        self._thread: int | None = None
         if not in_pages and connector.tensors[0].device.type != "cpu":
             logger.warning("CacheBlend is slow here: its kernels do not know pages like these, or Triton is missing")
         self._dense = flash_attention(next(iter(model.layers.values()))) if in_pages and fp8 is None else None
@@ -151,11 +155,29 @@ class Blender:
         return self._fp8
 
     @torch.inference_mode()
+    def stage(self, prepared: PreparedBlend) -> None:
+        """Have the KV of ``prepared`` on its way while vLLM prepares the step that will blend it. Of several that are
+        promised for one step the first is staged; together with others it is not used."""
+        if self._ring is None or self._ring.stream is None or (self._ahead and self._ahead[0] is prepared):
+            return
+        if self._thread not in (None, threading.get_ident()):
+            return  # a blend may be under way
+        nowhere = torch.zeros(prepared.exact_tokens, dtype=torch.int64)
+        prompt = _paged_prompt(prepared, nowhere).planned(self._connector)
+        self._ahead = prepared, StagedAhead(prompt, len(self._ropes), self._connector.kv_layout, self._ring)
+
+    def _staged(self, group: list[PagedRequest]) -> StagedAhead | None:
+        ahead, self._ahead = self._ahead, None
+        alone = ahead is not None and len(group) == 1 and group[0].prepared is ahead[0]
+        return ahead[1] if ahead is not None and alone else None
+
+    @torch.inference_mode()
     def run(self, requests: Sequence[PagedRequest]) -> dict[str, BlendReport | Exception]:
         """Fill the pages of all ``requests``: one pass for those with the same policy and corrector.
 
         By request: what was done, or why its pages must not be used.
         """
+        self._thread = threading.get_ident()
         together: defaultdict[tuple[int, int], list[PagedRequest]] = defaultdict(list)
         for request in requests:
             options = request.prepared.options
@@ -182,14 +204,8 @@ class Blender:
     def _blend(self, group: list[PagedRequest]) -> dict[str, BlendReport | Exception]:
         start = time.perf_counter()
         prompts = [
-            PagedPrompt(
-                num_tokens=len(prepared.token_ids),
-                # The last token is vLLM's own; it writes its slot itself, and after us.
-                slots=slots if self._ring is not None else slots[: len(prepared.token_ids) - 1],
-                exact_tokens=prepared.exact_tokens,
-                passages=prepared.passages,
-                ratio=prepared.options.ratio,
-            )
+            # The last token is vLLM's own; it writes its slot itself, and after us.
+            _paged_prompt(prepared, slots if self._ring is not None else slots[: len(prepared.token_ids) - 1])
             for _, prepared, slots in group
         ]
         host = VLLMHost(self._model, [int_tensor(prepared.token_ids) for _, prepared, _ in group])
@@ -207,6 +223,7 @@ class Blender:
             dense=self._dense,
             recorder=self._recorder,
             fp8=self._pages_now(),
+            ahead=self._staged(group),
         )
         seconds = {**result.seconds, "total": time.perf_counter() - start}
         return {
@@ -215,6 +232,16 @@ class Blender:
                 group, result.plans, result.charged_budgets, result.fallbacks, strict=True
             )
         }
+
+
+def _paged_prompt(prepared: PreparedBlend, slots: torch.Tensor) -> PagedPrompt:
+    return PagedPrompt(
+        num_tokens=len(prepared.token_ids),
+        slots=slots,
+        exact_tokens=prepared.exact_tokens,
+        passages=prepared.passages,
+        ratio=prepared.options.ratio,
+    )
 
 
 def report_of(prepared: PreparedBlend, report: BlendReport) -> dict[str, Any]:

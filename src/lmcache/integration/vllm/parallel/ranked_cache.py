@@ -83,6 +83,9 @@ class RankedCache:
         )
         return replace(op, planned=planned)
 
+    def stage(self, prepared: PreparedBlend) -> None:
+        """The ranks learn of it with the step."""
+
     def make_finder(self, cutter: PromptCutter) -> RankedFinder:
         return RankedFinder(self._ranks, cutter)
 
