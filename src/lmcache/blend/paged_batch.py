@@ -142,8 +142,11 @@ class PagedBatchKV(BatchKV):
             return
         start = time.perf_counter()
         layers = [PagedLayer(index, self._kv.at(*self._planes[index]), self._sent, self._pages) for index in layer_ids]
-        if self._placing.together(layer_ids[0], [layer.kv for layer in layers]):
-            self._layers.update(zip(layer_ids, layers, strict=True))
+        try:
+            if self._placing.together(layer_ids[0], [layer.kv for layer in layers]):
+                self._layers.update(zip(layer_ids, layers, strict=True))
+        except SourceError as error:
+            raise PromptLoadError(error.prompt, str(error)) from error
         self.seconds["load"] += time.perf_counter() - start
 
     def correct_spans(

@@ -63,7 +63,11 @@ class PlaceLayers:
         self._staged.done(layer_id)
 
     def together(self, first: int, layers: Sequence[KVRows]) -> bool:
-        """Place consecutive layers, ``first`` and those behind it, with one launch; False where that cannot be."""
+        """Place consecutive layers, ``first`` and those behind it, with one launch; False where that cannot be.
+
+        Raises:
+            lmcache.blend.staged_layers.SourceError: a source failed.
+        """
         from lmcache.kernels.kv_rows import KVRows
 
         count, rope = len(layers), self._ropes[first]

@@ -219,14 +219,17 @@ class StagedLayers:
 
     def together(self, first: int, count: int) -> torch.Tensor | None:
         """``[count · rows, kv_heads · dim]`` of consecutive layers as one, as :meth:`layer` gives each; None where they
-        do not lie so."""
+        do not lie so.
+
+        Raises:
+            SourceError: a source failed.
+        """
         depth = len(self._ring.slots)
         at = first % depth
-        if self._others or at + count > depth or self._next < first + count:
+        if at + count > depth or self._next < first + count:
             return None
-        last = self._ring.slot(first + count - 1)
-        if last.arrived is not None:  # copies arrive in order
-            torch.cuda.current_stream(self._ring.device).wait_event(last.arrived)
+        for layer_id in range(first, first + count):
+            self.layer(layer_id)
         return self._ring.between(at, at + count).view(count * self.num_rows, self._row_numel)
 
     def _check(self, other: _Other, layer_id: int, planes: tuple[torch.Tensor, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,9 @@ class KernelKriging:
             self._batches.append(Pieces(starts, lengths, firsts, counts, fresh, is_fresh, longest, most))
         self._constants = asdict(of)
         self._num_rows = num_rows
-        self._ahead: RowsAhead | None = None
+        self._layers: Callable[[int, int], Sequence[KVRows]] | None = None
+        self._dtype = torch.float32
+        self._at_once = 1
         self._in_layers: dict[int, list[Pieces]] = {}
         self._group = range(0)
         self._of_group: list[torch.Tensor] = []
@@ -57,13 +59,16 @@ class KernelKriging:
 
     def look_ahead(self, ahead: RowsAhead) -> None:
         """From now on :meth:`get_ready` is called before a layer is corrected."""
-        self._ahead = ahead
+        rows = _ROWS_IN_PLACE if ahead.in_place else _ROWS_AT_ONCE
+        self._at_once = max(1, min(_MOST_LAYERS, rows // self._num_rows))
+        # Not all of it: its memo holds this object.
+        self._layers, self._dtype = ahead.layers, ahead.dtype
 
     def get_ready(self, layer_id: int) -> None:
         """Have the weights of a layer in place."""
-        assert self._ahead is not None
+        assert self._layers is not None
         if layer_id not in self._group:
-            self._next_group(self._ahead, layer_id)
+            self._next_group(self._layers(layer_id, self._at_once), layer_id)
         if len(self._group) > 1:
             at = layer_id - self._group.start
             for weights, of_group in zip(self._weights, self._of_group, strict=True):
@@ -71,11 +76,9 @@ class KernelKriging:
                 weights.copy_(of_group[at * count : (at + 1) * count])
         self._ready_for = layer_id
 
-    def _next_group(self, ahead: RowsAhead, first: int) -> None:
-        rows_at_once = _ROWS_IN_PLACE if ahead.in_place else _ROWS_AT_ONCE
-        layers = ahead.layers(first, max(1, min(_MOST_LAYERS, rows_at_once // self._num_rows)))
+    def _next_group(self, layers: Sequence[KVRows], first: int) -> None:
         together = KVRows.one_after_the_other(layers) if len(layers) > 1 else None
-        self._make_room(ahead.dtype)
+        self._make_room(self._dtype)
         if together is None:
             self._group = range(first, first + 1)
             self._weigh(layers[0], self._batches, self._weights)
@@ -84,7 +87,7 @@ class KernelKriging:
         self._group = range(first, first + count)
         if count not in self._in_layers:
             self._in_layers[count] = [pieces.in_layers(count) for pieces in self._batches]
-        self._of_group = [pieces.room_for_weights(ahead.dtype) for pieces in self._in_layers[count]]
+        self._of_group = [pieces.room_for_weights(self._dtype) for pieces in self._in_layers[count]]
         self._weigh(together, self._in_layers[count], self._of_group)
 
     def correct(self, layer: RowCorrection) -> None:
