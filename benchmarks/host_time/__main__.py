@@ -112,7 +112,11 @@ class Prompts:
         return [*self.system, *(token for index in chosen for token in documents[index]), *self.tokens(QUESTION)]
 
 
-def measure(lengths: list[int], runs: int, profile: str | None) -> None:
+def lower_quartile(figures: list[float]) -> float:
+    return statistics.quantiles(figures, n=4, method="inclusive")[0] if len(figures) > 1 else figures[0]
+
+
+def measure(lengths: list[int], runs: int, profile: str | None, *, quartiles: bool) -> None:
     copies = install()
     from benchmarks.host_time.engine import HostEngine
 
@@ -155,13 +159,14 @@ def measure(lengths: list[int], runs: int, profile: str | None) -> None:
                     rows[kind, name][length].append(spent)
                 rows[kind, "all"][length].append(1e3 * answer.total)
     engine.close()
-    print(f"{describe_machine()}; milliseconds, medians of {runs}")
+    print(f"{describe_machine()}; milliseconds, {'lower quartiles' if quartiles else 'medians'} of {runs}")
+    middle = lower_quartile if quartiles else statistics.median
     for kind in KINDS:
         print(f"\n{kind:20}" + "".join(f"{length:>15,}" for length in lengths))
         for (of, name), spent in rows.items():
             if of == kind:
-                medians = {length: statistics.median(spent[length]) for length in lengths if spent[length]}
-                totals = {length: statistics.median(rows[kind, "all"][length]) for length in lengths}
+                medians = {length: middle(spent[length]) for length in lengths if spent[length]}
+                totals = {length: middle(rows[kind, "all"][length]) for length in lengths}
                 cells = (
                     f"{medians[length]:>9.2f} {medians[length] / totals[length]:>4.0%}" if length in medians else ""
                     for length in lengths
@@ -176,8 +181,10 @@ def main() -> None:
     parser.add_argument("--lengths", default="4096,8192,16384,32768", help="tokens, multiples of 1,024")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--profile", choices=KINDS, help="also what cProfile says of the longest ones")
+    parser.add_argument("--quartiles", action="store_true", help="lower quartiles, for a machine that is busy")
     arguments = parser.parse_args()
-    measure([int(length) for length in arguments.lengths.split(",")], arguments.runs, arguments.profile)
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    measure(lengths, arguments.runs, arguments.profile, quartiles=arguments.quartiles)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache.keys import KEY_BYTES, Namespace, PrefixKey, SegmentKey, prefix_keys, segment_key, token_bytes
+from lmcache.keys import (
+    KEY_BYTES,
+    Namespace,
+    PrefixKey,
+    SegmentKey,
+    prefix_keys,
+    segment_key,
+    token_array,
+    token_bytes,
+)
 
 NAMESPACE = Namespace(model="meta-llama/Llama-3.1-8B", kv_dtype="bfloat16", layout="token-major-1")
 CHUNK = 4
@@ -271,3 +280,13 @@ def test_keys_do_not_depend_on_the_process():
 
 GOLDEN_FIRST_KEY = "78e65ae8ea91a03c3e8c070dd5e4246241430dfcfb663f138cbd65b35d79d14613cf4e22bd3cbafe642598f13537084b"
 """Changing it makes every disk directory and shared store worthless: bump the layout version instead, on purpose."""
+
+
+def test_an_array_of_tokens_is_its_own_only_where_nobody_can_change_it() -> None:
+    """What is kept of it (a row for the catalog, say) must not change with the caller's."""
+    callers = np.array([1, 2, 3], np.uint32)
+    ours = token_array(callers)
+    assert not np.shares_memory(ours, callers)
+    assert np.shares_memory(token_array(ours), ours)
+    callers[0] = 9
+    assert ours.tolist() == [1, 2, 3]
