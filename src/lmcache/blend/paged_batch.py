@@ -81,9 +81,11 @@ class PagedBatchKV(BatchKV):
             ]
         self._kv = page_rows(layout, self._planes[0][0], self._planes[0][1], offsets).at(*self._planes[0])
         self._placing = PlaceLayers(self._staged, self._moved, batch, ropes, ring.device)
+        # Only now: layers fill the way to the device for milliseconds.
         if staged is None:
-            # Only now: layers fill the way to the device for milliseconds.
             self._staged.begin()
+        else:
+            self._staged.go_on()
         self._replays: LayerReplays | None = None
         if recorder is not None and corrector.alike_in_layers:
             scales = None if fp8 is None or fp8.alike else fp8.table

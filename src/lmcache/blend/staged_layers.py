@@ -163,10 +163,18 @@ class StagedLayers:
         self._dtype = dtype
         self._next = 0
 
-    def begin(self) -> None:
-        """Queue the copies of the first layers, before any is asked for."""
+    def begin(self, most_bytes: int | None = None) -> None:
+        """Queue the copies of the first layers, before any is asked for; not many more than ``most_bytes``, until
+        :meth:`go_on`."""
         self._ring.begin(self.num_rows, self._row_numel, self._dtype, self._num_layers)
-        self._fetch(len(self._ring.slots))
+        depth = len(self._ring.slots)
+        if most_bytes is not None:
+            depth = min(depth, 1 + most_bytes // max(1, self.num_rows * self._row_bytes))
+        self._fetch(depth)
+
+    def go_on(self) -> None:
+        """Queue what :meth:`begin` has left, before any layer is asked for."""
+        self._fetch(len(self._ring.slots) - self._next)
 
     def _plan(self, placed: PlacedSpan, at: int, dtype: torch.dtype) -> list[int]:
         """Note how the rows of a span come; their numbers, run by run."""
