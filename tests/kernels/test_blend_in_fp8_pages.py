@@ -173,7 +173,8 @@ def test_fp8_pages_hold_what_a_blend_of_real_numbers_gives(
     fp8 = fp8_pages(dtype)
     rounding, plain = errors(layout, fp8, fp8, **options)
     assert rounding < ROUNDING[dtype] / 4
-    assert plain < 4 * ROUNDING[dtype]
+    # A row may be rounded when it is stored, when it is turned, at each of two corrections, and where others look at it.
+    assert plain < 5 * ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("plane", [0, 1])

@@ -8,7 +8,6 @@ from lmcache.blend.batch import BlendBatch, BlendPrompt, PlacedSpan
 from lmcache.blend.staged_layers import StagedLayers, StagingRing
 from lmcache.paging.layout import KVLayout
 
-
 # What the engine itself sends to the device meanwhile stands in line behind it. 3 ms at 54 GB/s: the engine needs about
 # as long until it sends something, and longer until the blend begins.
 _AHEAD_BYTES = 160 * 2**20
