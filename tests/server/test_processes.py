@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +137,15 @@ def test_the_disk_outlives_the_server(tmp_path: Path) -> None:
                 assert_exact(manager.engine, tokens)
                 assert manager.stats().reused_tokens["disk"] == 160
             assert "Traceback" not in server.stop()
+
+
+def test_a_signal_that_another_thread_catches_ends_the_server(server: ServerProcess) -> None:
+    """Python's main thread then sleeps on: on a busy machine a server that was told to end stayed for ever."""
+    pid = server.process.pid
+    other = max(map(int, os.listdir(f"/proc/{pid}/task")))  # it waits for clients
+    assert other != pid
+    assert ctypes.CDLL(None).tgkill(pid, other, signal.SIGTERM) == 0
+    assert server.process.wait(20) == 0
 
 
 def test_a_pool_too_small_for_all_evicts_and_never_mixes(tmp_path: Path) -> None:
