@@ -15,6 +15,7 @@ import torch
 from demo.fleet.standstill import go_on, stand_still
 from tests.engine.helpers import kv_of, tokens_of
 from tests.eventually import eventually
+from tests.memory.huge_pages import needs_huge_pages, page_sizes_of_slabs
 from tests.server.clients import manager_at
 from tests.server.processes import ClientProcess, ServerProcess
 
@@ -42,6 +43,22 @@ def test_what_one_process_stores_another_finds_exactly(server: ServerProcess) ->
         assert manager.engine.store(tokens, kv_of(tokens)) == 0, "it is there already"
         assert manager.stats().reused_tokens == {"memory": 160}
     assert "Traceback" not in server.stop()
+
+
+@needs_huge_pages(4)
+@pytest.mark.parametrize(("huge_pages", "page_size"), [("true", 2 << 20), ("false", 4096)])
+def test_memory_of_huge_pages_is_read_and_written_alike(tmp_path: Path, huge_pages: str, page_size: int) -> None:
+    with (
+        ServerProcess(tmp_path / "kv.sock", max_local_cpu_size=8 / 1024, server_huge_pages=huge_pages) as server,
+        manager_at(server.socket) as manager,
+    ):
+        tokens = tokens_of(160, 1)
+        assert manager.engine.store(tokens, kv_of(tokens)) == 160
+        assert_exact(manager.engine, tokens)
+        assert page_sizes_of_slabs() == {page_size}
+        with ClientProcess("store", server.socket, 96, 2) as other:
+            assert other.says() == "96"
+        assert_exact(manager.engine, tokens_of(96, 2))
 
 
 def test_a_client_that_is_killed_gives_everything_back(server: ServerProcess) -> None:

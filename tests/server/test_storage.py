@@ -10,6 +10,7 @@ import torch
 
 from lmcache.keys import Namespace, SegmentKey, segment_key
 from lmcache.memory.memory_obj import KVSpec
+from lmcache.memory.shared_memory import SharedMemorySource
 from lmcache.segmentation.known_passages import KnownChunk
 from lmcache.server.serve import open_server
 from lmcache.server.server import CacheServer
@@ -175,7 +176,7 @@ def forget(tier: LocalCPUTier) -> None:
 
 @pytest.fixture
 def slow_server(tmp_path):
-    memory = LocalCPUTier(8 << 20, shared=True, pin_memory=False)
+    memory = LocalCPUTier(8 << 20, shared=SharedMemorySource(), pin_memory=False)
     slow = SlowTier(memory.allocate)
     server = CacheServer(tmp_path / "slow.sock", memory, TieredStorage(memory, [slow]))
     yield server, slow
