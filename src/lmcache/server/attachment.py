@@ -68,6 +68,7 @@ class Attachment:
         self._reads: dict[int, Future[MemoryObj | None]] = {}
         self._asked: dict[int, Future[None]] = {}
         self._live: dict[int, MemoryObj] = {}
+        self._released: list[int] = []
         self._count_lock = threading.Lock()
         self.lost = threading.Event()
         self._slabs = MappedSlabs(self._fetch_slab)
@@ -220,9 +221,18 @@ class Attachment:
         with self._lock:
             self._live.pop(obj.offset, None)
             over = self.lost.is_set() and not self._live
-        self._outbox.put(p.encode(p.Release([obj.offset])))
+            self._released.append(obj.offset)
+            first = len(self._released) == 1
+        if first:
+            self._outbox.put(self._released_so_far)
         if over:
             self._part()
+
+    def _released_so_far(self) -> bytes:
+        """What a retrieve lets go of chunk by chunk is one message by the time that it is sent."""
+        with self._lock:
+            handles, self._released = self._released, []
+        return p.encode(p.Release(handles))
 
     def _part(self) -> None:
         """The end of the session: the server gives everything back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
@@ -86,6 +87,7 @@ class ServerStorage(KVStorage):
             tickets = server.tickets(len(keys))
             reads = server.expect_reads(tickets)
             started: set[int] = set()
+            held: Counter[str] = Counter()
             try:
                 acquired = _expect(server.call(p.Acquire(p.Keys.of(keys), tickets[0], leading)), p.Acquired)
                 specs = p.decode_specs(acquired.specs)
@@ -100,13 +102,15 @@ class ServerStorage(KVStorage):
                         found.append(Found(tier, None, reads[ticket]))
                         reads[ticket].add_done_callback(self._count_read(tier.name))
                     elif (obj := server.open(hit.place, specs)) is not None:
-                        self.metrics.read(tier.name, obj.spec.nbytes)
+                        held[tier.name] += obj.spec.nbytes
                         found.append(Found(tier, obj, None))
                     else:
                         found.append(None)
                 return found
             finally:
                 server.forget_reads([ticket for ticket in tickets if ticket not in started])
+                for name, nbytes in held.items():
+                    self.metrics.read(name, nbytes)
 
         return self._try("acquire", ask, []) if keys else []
 

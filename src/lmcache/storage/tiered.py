@@ -100,24 +100,34 @@ class TieredStorage(KVStorage):
 
     def acquire(self, key: CacheKey) -> Found | None:
         """See :meth:`KVStorage.acquire`."""
+        (found,) = self.acquire_each([key])
+        return found
+
+    def acquire_leading(self, keys: Sequence[CacheKey]) -> list[Found]:
+        hits: list[Found] = []
+        for key in keys:
+            if (found := self._acquire(key)) is None:
+                break
+            hits.append(found)
+        self._count_held(hits)
+        return hits
+
+    def acquire_each(self, keys: Sequence[CacheKey]) -> list[Found | None]:
+        found = [self._acquire(key) for key in keys]
+        self._count_held(found)
+        return found
+
+    def _acquire(self, key: CacheKey) -> Found | None:
         if self._keep_in_memory and (obj := self.memory.get(key)) is not None:
-            self.metrics.read(self.memory.name, obj.spec.nbytes)
             return Found(self.memory, obj, None)
         tier = next(iter(self.find([key])), None)
         if tier is None:
             return None
         return Found(tier, None, self.fetch(key, tier))
 
-    def acquire_leading(self, keys: Sequence[CacheKey]) -> list[Found]:
-        hits: list[Found] = []
-        for key in keys:
-            if (found := self.acquire(key)) is None:
-                break
-            hits.append(found)
-        return hits
-
-    def acquire_each(self, keys: Sequence[CacheKey]) -> list[Found | None]:
-        return [self.acquire(key) for key in keys]
+    def _count_held(self, found: Sequence[Found | None]) -> None:
+        if nbytes := sum(each.obj.spec.nbytes for each in found if each is not None and each.obj is not None):
+            self.metrics.read(self.memory.name, nbytes)
 
     def fetch(self, key: CacheKey, tier: StorageTier) -> Future[MemoryObj | None]:
         """Start reading ``key`` from ``tier``. What it gives is in memory when the future is done, and on its way to
