@@ -85,7 +85,7 @@ class ServerStorage(KVStorage):
     def _acquire(self, keys: Sequence[CacheKey], *, leading: bool) -> list[Found | None]:
         def ask(server: Attachment) -> list[Found | None]:
             tickets = server.tickets(len(keys))
-            reads = server.expect_reads(tickets)
+            server.expect_reads(tickets)
             started: set[int] = set()
             held: Counter[str] = Counter()
             try:
@@ -99,8 +99,9 @@ class ServerStorage(KVStorage):
                     tier = _Tier(server.welcome.tiers[hit.tier])
                     if hit.place is None:
                         started.add(ticket)
-                        found.append(Found(tier, None, reads[ticket]))
-                        reads[ticket].add_done_callback(self._count_read(tier.name))
+                        read = server.read(ticket)
+                        found.append(Found(tier, None, read))
+                        read.add_done_callback(self._count_read(tier.name))
                     elif (obj := server.open(hit.place, specs)) is not None:
                         held[tier.name] += obj.spec.nbytes
                         found.append(Found(tier, obj, None))
