@@ -16,6 +16,7 @@ from lmcache.memory.allocator import SlabAllocator
 from lmcache.memory.memory_obj import KVSpec
 from lmcache.memory.shared_memory import HUGE_PAGE, SharedMemorySource, make_shared
 from lmcache.memory.slab import Slab
+from tests.eventually import eventually
 from tests.memory.huge_pages import free_huge_pages, needs_huge_pages, page_sizes_of_slabs
 
 MIB = 1 << 20
@@ -187,7 +188,30 @@ def test_what_was_made_ahead_goes_back_when_it_is_not_wanted() -> None:
     source.prepare(HUGE_PAGE)
     source.close()
     source.close()
-    assert (open_descriptors(), free_huge_pages()) == (before, free)
+    assert eventually(lambda: (open_descriptors(), free_huge_pages()) == (before, free))
+
+
+@needs_huge_pages(1)
+def test_who_waits_for_memory_waits_a_moment_at_most(monkeypatch, caplog) -> None:
+    """Half a gigabyte can take a second, and that is how long a client waits for an answer."""
+    before, fallocate, go = open_descriptors(), os.posix_fallocate, threading.Event()
+
+    def slow(descriptor: int, offset: int, nbytes: int) -> None:
+        go.wait(10)
+        fallocate(descriptor, offset, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", slow)
+    monkeypatch.setattr(shared_memory, "_PATIENCE", 0.01)
+    pool = SlabAllocator(2 * HUGE_PAGE, slab_bytes=HUGE_PAGE, pin_memory=False, shared=SharedMemorySource())
+    with caplog.at_level(logging.INFO), pool.allocate(spec(HUGE_PAGE)):
+        assert pool.stats().huge_bytes == 0
+        go.set()
+        monkeypatch.setattr(shared_memory, "_PATIENCE", 10)
+        with pool.allocate(spec(HUGE_PAGE)):
+            assert pool.stats().huge_bytes == HUGE_PAGE, "it was ready by then"
+    pool.close()
+    assert caplog.text == "", "nothing is lacking"
+    assert eventually(lambda: open_descriptors() == before)
 
 
 @needs_huge_pages(1)
@@ -203,3 +227,20 @@ def test_the_next_piece_is_made_ahead() -> None:
     assert memory.huge
     assert free_huge_pages() == free, "it was there"
     os.close(memory.descriptor)
+
+
+def test_a_piece_that_could_not_be_made_is_tried_again(monkeypatch) -> None:
+    create = os.memfd_create
+    left = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))] * 2
+
+    def fail_at_first(name: str, flags: int) -> int:
+        if left:
+            raise left.pop()
+        return create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", fail_at_first)
+    source = SharedMemorySource()
+    source.prepare(HUGE_PAGE)
+    with pytest.raises(OSError, match="Too many open files"):
+        source.take(HUGE_PAGE)
+    os.close(source.take(HUGE_PAGE).descriptor)

@@ -221,7 +221,7 @@ class SlabAllocator:
         else:
             memory = self._shared.take(nbytes)
             slab = Slab(base, nbytes, pin=pin, descriptor=memory.descriptor, huge=memory.huge)
-            if not memory.huge:
+            if not (memory.huge or memory.late):
                 self._shared.tell_what_to_set(self.capacity_bytes, self._huge_bytes())
         self._slabs.append(slab)
         self._reserved += slab_size

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 
@@ -18,13 +18,18 @@ HUGE_PAGE = 2 << 20
 _COUNTS = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
 
+_PATIENCE = 0.5
+"""Seconds; clients wait for an answer meanwhile."""
+
+
 @dataclass(frozen=True)
 class SharedMemory:
-    """``descriptor`` is the owner's to close."""
+    """``descriptor`` is the owner's to close. ``late``: it would be huge if there had been time."""
 
     descriptor: int
     nbytes: int
     huge: bool
+    late: bool = False
 
 
 class SharedMemorySource:
@@ -50,15 +55,19 @@ class SharedMemorySource:
         Thread(target=_fulfil, args=(self._ahead, nbytes), name="lmcache-huge-pages", daemon=True).start()
 
     def take(self, nbytes: int) -> SharedMemory:
-        """Waits for what was prepared; if it is of another size it goes back to the system.
+        """Waits a moment for what was prepared; if it is of another size it goes back to the system.
 
         Raises:
             OSError: there is no memory to share.
         """
         if self._ahead_nbytes != nbytes:
             self.close()
-        ahead, self._ahead = self._ahead, None
-        return ahead.result() if ahead is not None else make_shared(nbytes, huge_pages=self._huge_pages)
+        if (ahead := self._ahead) is None:
+            return make_shared(nbytes, huge_pages=self._huge_pages)
+        if not wait([ahead], _PATIENCE).done:
+            return replace(make_shared(nbytes, huge_pages=False), late=True)
+        self._ahead = None
+        return ahead.result()
 
     def tell_what_to_set(self, pool_bytes: int, huge_bytes: int) -> None:
         """Say once in the log what this system lacks for all of the pool to be of huge pages, of which it has
@@ -86,8 +95,8 @@ class SharedMemorySource:
     def close(self) -> None:
         """What was prepared goes back to the system. Idempotent."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.exception() is None:
-            os.close(ahead.result().descriptor)
+        if ahead is not None:
+            ahead.add_done_callback(_give_back)
 
 
 def make_shared(nbytes: int, *, huge_pages: bool) -> SharedMemory:
@@ -125,3 +134,8 @@ def _fulfil(ahead: Future[SharedMemory], nbytes: int) -> None:
         ahead.set_result(make_shared(nbytes, huge_pages=True))
     except BaseException as error:
         ahead.set_exception(error)
+
+
+def _give_back(ahead: Future[SharedMemory]) -> None:
+    if ahead.exception() is None:
+        os.close(ahead.result().descriptor)
