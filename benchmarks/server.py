@@ -1,6 +1,6 @@
 """What a server costs: lookup and retrieve through ``lmcache server`` beside the same in the process itself.
 
-    python -m benchmarks.server [--rounds 41] [--tokens 8192] [--json FILE]
+    python -m benchmarks.server [--rounds 121] [--tokens 8192] [--json FILE]
 
 Both engines hold the same prompt. Rounds alternate between the two, so that whatever else the machine does meets both;
 medians are printed, and their ratio. Of retrieves also the processor time of both processes, which leaves out the wait
@@ -59,7 +59,7 @@ def processor_seconds(server: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--rounds", type=int, default=121)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -90,8 +90,8 @@ def main() -> None:
                 out.zero_()
                 engine.retrieve(tokens, return_tuple=False, out=out)
                 assert torch.equal(out, kv)
-            lookup = alternate([lambda e=e: e.lookup(tokens) for e in engines], 5 * options.rounds)
-            one = alternate([lambda e=e: e.lookup(tokens[:CHUNK]) for e in engines], 5 * options.rounds)
+            lookup = alternate([lambda e=e: e.lookup(tokens) for e in engines], 2 * options.rounds)
+            one = alternate([lambda e=e: e.lookup(tokens[:CHUNK]) for e in engines], 2 * options.rounds)
             retrieves = [lambda e=e: e.retrieve(tokens, return_tuple=False, out=out) for e in engines]
             retrieve = alternate(retrieves, options.rounds)
             work = alternate(retrieves, options.rounds, lambda: processor_seconds(server.pid))
