@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SERVED_NAME = "SmolLM2-135M-Instruct"
@@ -21,7 +21,8 @@ MAX_TOKENS = 32
 @dataclass(frozen=True)
 class Answer:
     """``tokens_by_tier`` tells how many of the ``reused_tokens`` came from "memory" and from "disk"; of them CacheBlend
-    computed ``recomputed_tokens`` all the same."""
+    computed ``recomputed_tokens`` all the same. ``milliseconds`` are those that the request waited for the cache, and
+    that the engine's loop spent in it."""
 
     question: str
     text: str
@@ -30,6 +31,7 @@ class Answer:
     tokens_by_tier: dict[str, int]
     seconds_to_first_token: float
     recomputed_tokens: int = 0
+    milliseconds: dict[str, float] = field(default_factory=dict)
 
 
 Ask = Callable[[str, list[dict[str, str]]], Answer]

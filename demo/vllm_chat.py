@@ -43,4 +43,5 @@ def ask(
         # is, so we take off the time between first and last token, which vLLM tells as well.
         seconds_to_first_token=seconds - reply["metrics"]["generation_time_ms"] / 1000,
         recomputed_tokens=(reuse.get("blend") or {}).get("recomputed_tokens", 0),
+        milliseconds=reuse.get("milliseconds", {}),
     )

@@ -26,10 +26,24 @@ PARAMS: dict[str, dict[str, Any]] = {EXACT: {"lmcache.blend": False}, BLENDED: {
 WEIGHTS = (6, 2, 1)
 
 
+@dataclass(frozen=True, order=True)
+class Stall:
+    """What a request lost to us, in seconds: ``wait`` for the cache, and in ``hooks`` of the engine's loop besides."""
+
+    seconds: float
+    wait: float
+    hooks: float
+    way: str
+    while_: str
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.2f} s: {self.wait:.2f} waiting, {self.hooks:.2f} in hooks ({self.way}, {self.while_})"
+
+
 @dataclass
 class Seen:
     """``seconds`` to the first token, and ``over``, how much longer than the same prompt took before anything was
-    broken; by way."""
+    broken; by way. ``stalls`` are what the servers themselves have measured."""
 
     served: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -37,6 +51,9 @@ class Seen:
     cut_off: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {way: [] for way in PARAMS})
     over: dict[str, list[tuple[float, str]]] = field(default_factory=lambda: {way: [] for way in PARAMS})
+    stalls: list[Stall] = field(default_factory=list)
+    untold: int = 0
+    """Replies that say nothing of it."""
     tiers: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
 
@@ -117,6 +134,11 @@ class Clients:
                 seen.wrong.append(f"{server.name}, {way}: {answer.text!r} for {expected!r}")
             seen.seconds[way].append(answer.seconds_to_first_token)
             while_ = f"{server.name}, {before} … {self.happening}"
+            if answer.milliseconds:
+                wait, hooks = (answer.milliseconds[part] / 1000 for part in ("wait", "hooks"))
+                seen.stalls.append(Stall(wait + hooks, wait, hooks, way, while_))
+            else:
+                seen.untold += 1
             seen.over[way].append((answer.seconds_to_first_token - self._alone[text + question], while_))
 
 

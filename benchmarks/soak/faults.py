@@ -133,9 +133,12 @@ class Faults:
         self._random.choice(self._servers).clock.jump_to(self._random.choice(_JUMPS))
 
     def _kill_server(self) -> None:
-        """In the midst of what it does; every other time it is first looked at, as its counts go with it."""
+        """In the midst of what it does; it is first looked at, as its counts go with it, every other time when it is
+        idle."""
         server = self._random.choice(self._servers)
         if self.counts["server killed"] % 2 == 0:
             self.look_for_leaks(server)
+        else:
+            server.look()
         server.kill()
         server.start()

@@ -39,6 +39,8 @@ class Server:
     has_small_disk: bool
     running: VLLMServer | None = None
     kills: int = 0
+    longest_hooks: dict[str, float] = field(default_factory=dict)
+    """Seconds of the longest single call of each hook, of all runs that were asked before they were killed."""
     is_up: threading.Event = field(default_factory=threading.Event)
     requests: threading.Lock = field(default_factory=threading.Lock)
     """Held by a client while it asks."""
@@ -60,12 +62,13 @@ class Server:
         """Pins, and references besides the memory tier's own, that are still there after so long without a request."""
         deadline = time.monotonic() + seconds
         while True:
-            found = self._held()
+            found = self.look()
             if time.monotonic() > deadline or (found is not None and not found["pins"] and not found["references"]):
                 return found or {"not told": 1}
             time.sleep(1)
 
-    def _held(self) -> dict[str, int] | None:
+    def look(self) -> dict[str, int] | None:
+        """Pins and references now; None from a server that does not tell."""
         for old in self.asked.parent.glob(f"{self.asked.name}.*"):
             old.unlink()
         self.asked.touch()
@@ -75,6 +78,8 @@ class Server:
             for told in self.asked.parent.glob(f"{self.asked.name}.[0-9]*"):
                 with suppress(ValueError):
                     counts = json.loads(told.read_text())
+                    for hook, seconds in counts["longest hooks"].items():
+                        self.longest_hooks[hook] = max(seconds, self.longest_hooks.get(hook, 0.0))
                     return {name: counts[name] for name in ("pins", "references")}
         return None
 

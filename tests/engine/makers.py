@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from lmcache.cache_engine import LMCacheEngine
 from lmcache.config.schema import GIB
 from lmcache.manager import LMCacheManager
+from lmcache.memory.shared_memory import SharedMemorySource
 from lmcache.metadata import LMCacheEngineMetadata
 from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.server.server import CacheServer
@@ -73,7 +74,9 @@ class OnServer:
 
     def _serve(self, slower: Sequence[StorageTier], **overrides: Any) -> Path:
         config = make_config(**overrides)
-        memory = LocalCPUTier(int(config.max_local_cpu_size * GIB), config.cache_policy, shared=True, pin_memory=False)
+        memory = LocalCPUTier(
+            int(config.max_local_cpu_size * GIB), config.cache_policy, shared=SharedMemorySource(), pin_memory=False
+        )
         for tier in slower:
             if isinstance(tier, SlowTier):
                 tier.allocate = memory.allocate

@@ -173,7 +173,7 @@ def test_fp8_pages_hold_what_a_blend_of_real_numbers_gives(
     fp8 = fp8_pages(dtype)
     rounding, plain = errors(layout, fp8, fp8, **options)
     assert rounding < ROUNDING[dtype] / 4
-    # A row may be rounded when it is stored, when it is turned, at each of two corrections, and where others look at it.
+    # A row may be rounded when it is stored, turned, and corrected twice, and where others look at it.
     assert plain < 5 * ROUNDING[dtype]
 
 

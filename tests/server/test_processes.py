@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from demo.fleet.standstill import go_on, stand_still
 from tests.engine.helpers import kv_of, tokens_of
 from tests.eventually import eventually
+from tests.memory.huge_pages import needs_huge_pages, page_sizes_of_slabs
 from tests.server.clients import manager_at
 from tests.server.processes import ClientProcess, ServerProcess
 
@@ -39,6 +43,22 @@ def test_what_one_process_stores_another_finds_exactly(server: ServerProcess) ->
         assert manager.engine.store(tokens, kv_of(tokens)) == 0, "it is there already"
         assert manager.stats().reused_tokens == {"memory": 160}
     assert "Traceback" not in server.stop()
+
+
+@needs_huge_pages(4)
+@pytest.mark.parametrize(("huge_pages", "page_size"), [("true", 2 << 20), ("false", 4096)])
+def test_memory_of_huge_pages_is_read_and_written_alike(tmp_path: Path, huge_pages: str, page_size: int) -> None:
+    with (
+        ServerProcess(tmp_path / "kv.sock", max_local_cpu_size=8 / 1024, server_huge_pages=huge_pages) as server,
+        manager_at(server.socket) as manager,
+    ):
+        tokens = tokens_of(160, 1)
+        assert manager.engine.store(tokens, kv_of(tokens)) == 160
+        assert_exact(manager.engine, tokens)
+        assert page_sizes_of_slabs() == {page_size}
+        with ClientProcess("store", server.socket, 96, 2) as other:
+            assert other.says() == "96"
+        assert_exact(manager.engine, tokens_of(96, 2))
 
 
 def test_a_client_that_is_killed_gives_everything_back(server: ServerProcess) -> None:
@@ -134,6 +154,15 @@ def test_the_disk_outlives_the_server(tmp_path: Path) -> None:
                 assert_exact(manager.engine, tokens)
                 assert manager.stats().reused_tokens["disk"] == 160
             assert "Traceback" not in server.stop()
+
+
+def test_a_signal_that_another_thread_catches_ends_the_server(server: ServerProcess) -> None:
+    """Python's main thread then sleeps on: on a busy machine a server that was told to end stayed for ever."""
+    pid = server.process.pid
+    other = max(map(int, os.listdir(f"/proc/{pid}/task")))  # it waits for clients
+    assert other != pid
+    assert ctypes.CDLL(None).tgkill(pid, other, signal.SIGTERM) == 0
+    assert server.process.wait(20) == 0
 
 
 def test_a_pool_too_small_for_all_evicts_and_never_mixes(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +12,12 @@ import torch
 
 from lmcache.keys import Namespace, SegmentKey, segment_key
 from lmcache.memory.memory_obj import KVSpec
+from lmcache.memory.shared_memory import SharedMemorySource
 from lmcache.segmentation.known_passages import KnownChunk
+from lmcache.server import protocol as p
 from lmcache.server.serve import open_server
 from lmcache.server.server import CacheServer
+from lmcache.server.session import Session
 from lmcache.storage.cpu import LocalCPUTier
 from lmcache.storage.tiered import TieredStorage
 from tests.engine.helpers import SlowTier, kv_of, make_config, make_metadata, tokens_of
@@ -175,7 +180,7 @@ def forget(tier: LocalCPUTier) -> None:
 
 @pytest.fixture
 def slow_server(tmp_path):
-    memory = LocalCPUTier(8 << 20, shared=True, pin_memory=False)
+    memory = LocalCPUTier(8 << 20, shared=SharedMemorySource(), pin_memory=False)
     slow = SlowTier(memory.allocate)
     server = CacheServer(tmp_path / "slow.sock", memory, TieredStorage(memory, [slow]))
     yield server, slow
@@ -212,3 +217,43 @@ def test_a_client_that_leaves_before_its_reads_arrive_leaves_nothing(slow_server
     assert lease.num_tokens == 0
     assert eventually(lambda: server.clients == 0)
     slow.answer_all()
+
+
+def test_a_read_that_ends_before_its_call_fails_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was held until the client left: nobody had asked for its future."""
+    acquire = Session._acquire
+
+    def refuse(self: Session, call: p.Acquire) -> p.Reply:
+        acquire(self, call)
+        time.sleep(0.3)  # meanwhile the client is told that the read has ended
+        raise ValueError("injected")
+
+    monkeypatch.setattr(Session, "_acquire", refuse)
+    server = open_server(make_config(local_disk=tmp_path / "disk", local_cpu=False), tmp_path / "kv.sock")
+    with manager_at(server.path) as manager:
+        assert put(manager.storage, 1)
+        assert manager.storage.flush(10)
+        assert eventually(lambda: server.memory.pool.used_bytes == 0)
+        assert manager.storage.acquire_each([key(1)]) == [None]
+        assert eventually(lambda: server.memory.pool.used_bytes == 0)
+    server.close()
+
+
+def test_a_read_may_end_before_its_call_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    acquire = Session._acquire
+
+    def late(self: Session, call: p.Acquire) -> p.Reply:
+        reply = acquire(self, call)
+        time.sleep(0.3)
+        return reply
+
+    monkeypatch.setattr(Session, "_acquire", late)
+    server = open_server(make_config(local_disk=tmp_path / "disk", local_cpu=False), tmp_path / "kv.sock")
+    with manager_at(server.path) as manager:
+        assert put(manager.storage, 1)
+        assert manager.storage.flush(10)
+        (found,) = manager.storage.acquire_leading([key(1)])
+        with found.read.result(10) as obj:
+            assert obj.spec == SPEC
+        assert eventually(lambda: server.memory.pool.used_bytes == 0)
+    server.close()

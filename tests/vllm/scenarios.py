@@ -371,8 +371,7 @@ def observability(connector: str) -> dict[str, Any]:
     events: list[Any] = []
     scheduler.kv_event_publisher.publish = lambda batch: events.extend(batch.events)
     (prompt,) = prose_prompts(llm, [600])
-    generate(llm, [prompt])
-    generate(llm, [prompt])
+    answers = generate(llm, [prompt]) + generate(llm, [prompt])
     metrics = {
         metric.name: metric.labels | {"value": metric.value}
         for metric in llm.get_metrics()
@@ -386,6 +385,7 @@ def observability(connector: str) -> dict[str, Any]:
         ],
         "chained": [event.parent_block_hash == before.block_hashes[-1] for before, event in pairwise(events)],
         "metrics": metrics,
+        "milliseconds": [answer["reuse"]["milliseconds"] for answer in answers],
     }
 
 

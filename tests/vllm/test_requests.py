@@ -79,3 +79,9 @@ def test_events_and_metrics_reach_vllm(connector: str) -> None:
         assert answers["metrics"]["vllm:lmcache_stored_tokens"]["value"] == 512
         reused = answers["metrics"]["vllm:lmcache_reused_tokens"]
         assert (reused["tier"], reused["value"]) == ("memory", 512)
+        longest = answers["metrics"]["vllm:lmcache_longest_hook_seconds"]
+        assert 0 < longest["value"] < 60
+        assert longest["hook"]
+    for lost in answers["milliseconds"]:
+        assert lost.keys() == {"wait", "hooks"}
+        assert 0 < lost["hooks"] < 60_000

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def held() -> dict[str, Any] | None:
-    """None in a process that has no cache."""
+    """None in a process that has no cache. Beside what is held, the seconds of each hook's longest call so far."""
     module = sys.modules.get("lmcache.storage.cpu")
     if module is None:
         return None
@@ -29,7 +29,16 @@ def held() -> dict[str, Any] | None:
         for obj in tier.pool.live_objects():
             live += 1
             references += obj.ref_count - (id(obj) in entries)
-    return {"pins": pins, "references": references, "live": live, "wall": time.time()}
+    return {"pins": pins, "references": references, "live": live, "wall": time.time(), "longest hooks": _hooks()}
+
+
+def _hooks() -> dict[str, float]:
+    module = sys.modules.get("lmcache.observability.hook_times")
+    longest: dict[str, float] = {}
+    for times in [each for each in gc.get_objects() if module is not None and type(each) is module.HookTimes]:
+        for hook, seconds in times.longest.items():
+            longest[hook] = max(seconds, longest.get(hook, 0.0))
+    return longest
 
 
 def answer(asked: Path) -> None:

@@ -10,6 +10,8 @@ import typer
 
 from lmcache.cli.refusing import refuse
 
+_SIGNAL_SECONDS = 0.5
+
 
 def server(
     socket: Annotated[
@@ -55,6 +57,8 @@ def server(
         signal.signal(number, lambda *_: over.set())
     typer.echo(f"lmcache server listens at {path} ({settings.max_local_cpu_size:g} GiB of memory)")
     try:
-        over.wait()
+        # A signal that another thread catches, or this one just before it begins to wait, wakes nobody.
+        while not over.wait(_SIGNAL_SECONDS):
+            pass
     finally:
         running.close()

@@ -37,12 +37,13 @@ class Blend(msgspec.Struct, frozen=True):
 
 
 class Reuse(msgspec.Struct, frozen=True):
-    """``kv_transfer_params.lmcache`` of a reply."""
+    """``kv_transfer_params.lmcache`` of a reply. ``milliseconds``: of ``wait`` for the cache, and in its ``hooks``."""
 
     prompt_tokens: int
     reused_tokens: int
     tier: str | None = None
     tokens_by_tier: dict[str, int] = {}
+    milliseconds: dict[str, float] = {}
     blend: Blend | None = None
 
     def __post_init__(self) -> None:

@@ -115,6 +115,9 @@ class LMCacheEngineConfig(BaseModel):
     server_timeout_seconds: Float = Field(
         1.0, gt=0, description="How long the server may take for an answer; later it counts as nothing."
     )
+    server_huge_pages: Bool = Field(
+        True, description="lmcache server takes huge pages for its memory, as many as the system has set aside."
+    )
     use_layerwise: Bool = Field(False, description="Load layer by layer while the forward runs.")
     save_decode_cache: Bool = Field(False, description="Also keep the KV of generated tokens.")
     save_unfull_chunk: Bool = Field(False, description="Also keep the last chunk of a prompt when it is not full.")

@@ -13,6 +13,7 @@ import torch
 
 from lmcache.memory.free_space import FreeSpace
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
+from lmcache.memory.shared_memory import HUGE_PAGE, SharedMemorySource
 from lmcache.memory.slab import Slab
 from lmcache.memory.window import cheapest_window
 
@@ -27,11 +28,12 @@ DEFAULT_SLAB_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class PoolStats:
-    """``used_bytes`` counts live objects with their padding; ``reserved_bytes`` counts slabs; ``largest_free_bytes`` is
-    the largest object that fits without eviction into what is reserved."""
+    """``used_bytes`` counts live objects with their padding, ``reserved_bytes`` slabs, ``huge_bytes`` those of reserved
+    huge pages; ``largest_free_bytes`` is the largest object that fits without eviction into what is reserved."""
 
     capacity_bytes: int
     reserved_bytes: int
+    huge_bytes: int
     used_bytes: int
     largest_free_bytes: int
     objects: int
@@ -51,13 +53,13 @@ class SlabAllocator:
         *,
         slab_bytes: int = DEFAULT_SLAB_BYTES,
         pin_memory: bool | None = None,
-        shared: bool = False,
+        shared: SharedMemorySource | None = None,
     ) -> None:
         """Args:
-        capacity_bytes: never exceeded; rounded down to whole pages.
+        capacity_bytes: never exceeded; rounded down to whole pages, with ``shared`` to whole huge pages.
         slab_bytes: unit of growth; an object that is larger gets a slab of its own size.
         pin_memory: page-lock each slab with CUDA; None pins when CUDA is there.
-        shared: of memory that other processes can map; see :meth:`place_of`.
+        shared: makes memory that other processes can map; see :meth:`places_of`. Taken over.
 
         Raises:
             ValueError: a size is smaller than a page.
@@ -66,8 +68,10 @@ class SlabAllocator:
             raise ValueError(
                 f"capacity_bytes={capacity_bytes} and slab_bytes={slab_bytes} must each be at least {GRANULE}"
             )
-        self._capacity = capacity_bytes // GRANULE
-        self._slab_size = slab_bytes // GRANULE
+        # Every slab, and all of them together, are so many granules or a multiple.
+        self._unit = HUGE_PAGE // GRANULE if shared is not None and capacity_bytes >= HUGE_PAGE else 1
+        self._capacity = capacity_bytes // GRANULE // self._unit * self._unit
+        self._slab_size = self._whole_units(slab_bytes // GRANULE)
         self._pin = pin_memory
         self._shared = shared
         self._lock = threading.Lock()
@@ -78,6 +82,8 @@ class SlabAllocator:
         self._used = 0
         self._live: dict[int, MemoryObj] = {}
         self._closed = False
+        if shared is not None:
+            shared.prepare(self._next_slab_size() * GRANULE)
 
     @property
     def capacity_bytes(self) -> int:
@@ -112,11 +118,11 @@ class SlabAllocator:
         """Whether ``obj`` is a live object of this pool."""
         return self._live.get(obj.offset) is obj
 
-    def place_of(self, obj: MemoryObj) -> tuple[int, int]:
-        """The number of the slab that a live object lies in, and at which byte of it."""
+    def places_of(self, objs: Sequence[MemoryObj]) -> list[tuple[int, int]]:
+        """The number of the slab that each live object lies in, and at which byte of it."""
         with self._lock:
-            slab = self._slab_of(obj.offset)
-            return slab.number, (obj.offset - slab.base) * GRANULE
+            slabs = [self._slab_of(obj.offset) for obj in objs]
+        return [(slab.number, (obj.offset - slab.base) * GRANULE) for slab, obj in zip(slabs, objs, strict=True)]
 
     def descriptor_of(self, number: int) -> tuple[int, int] | None:
         """A descriptor of the shared slab ``number``, which is the caller's to close, and the slab's bytes; None when
@@ -161,6 +167,7 @@ class SlabAllocator:
             return PoolStats(
                 capacity_bytes=self.capacity_bytes,
                 reserved_bytes=self._reserved * GRANULE,
+                huge_bytes=self._huge_bytes(),
                 used_bytes=self.used_bytes,
                 largest_free_bytes=self._space.largest * GRANULE,
                 objects=len(self._live),
@@ -175,6 +182,8 @@ class SlabAllocator:
             if self._closed:
                 return
             self._closed = True
+            if self._shared is not None:
+                self._shared.close()
             if self._live:
                 first = ", ".join(map(repr, list(self._live.values())[:4]))
                 logger.warning("pool closed with %d objects still referenced, among them %s", len(self._live), first)
@@ -199,20 +208,39 @@ class SlabAllocator:
         """Reserve a slab that holds ``size`` granules; False when the capacity does not allow it."""
         if self._capacity - self._reserved < size:
             self._drop_empty_slabs(size)
-        room = self._capacity - self._reserved
-        if room < size:
+        if self._capacity - self._reserved < size:
             return False
-        # A rest smaller than a slab joins the last slab, so that no stub too small for an object is left over.
-        slab_size = self._slab_size if room >= 2 * self._slab_size else room
-        slab_size = max(slab_size, size)
+        slab_size = max(self._next_slab_size(), self._whole_units(size))
         # One granule of the address space stays unused between slabs: their free ranges must not merge.
         last = self._slabs[-1] if self._slabs else None
         base = _end(last) + 1 if last else 0
         pin = torch.cuda.is_available() if self._pin is None else self._pin
-        self._slabs.append(Slab(base, slab_size * GRANULE, pin=pin, shared=self._shared))
+        nbytes = slab_size * GRANULE
+        if self._shared is None:
+            slab = Slab(base, nbytes, pin=pin)
+        else:
+            memory = self._shared.take(nbytes)
+            slab = Slab(base, nbytes, pin=pin, descriptor=memory.descriptor, huge=memory.huge)
+            if not (memory.huge or memory.late):
+                self._shared.tell_what_to_set(self.capacity_bytes, self._huge_bytes())
+        self._slabs.append(slab)
         self._reserved += slab_size
         self._space.give(base, slab_size)
+        if self._shared is not None and (following := self._next_slab_size()):
+            self._shared.prepare(following * GRANULE)
         return True
+
+    def _huge_bytes(self) -> int:
+        return sum(slab.nbytes for slab in self._slabs if slab.huge)
+
+    def _next_slab_size(self) -> int:
+        """In granules; 0 when the capacity is spent."""
+        room = self._capacity - self._reserved
+        # A rest smaller than a slab joins the last slab, so that no stub too small for an object is left over.
+        return self._slab_size if room >= 2 * self._slab_size else room
+
+    def _whole_units(self, size: int) -> int:
+        return -(-size // self._unit) * self._unit
 
     def _empty_slabs(self, size: int, pieces: Sequence[tuple[int, int]], removable: Container[int]) -> list[int] | None:
         """Objects whose going empties enough slabs to be replaced by one of ``size`` granules; None if none do."""

@@ -25,26 +25,22 @@ class Slab:
     Reserving is free: neither time nor resident memory depends on ``nbytes``. Pinning makes every page resident.
     """
 
-    def __init__(
-        self, base: int, nbytes: int, *, pin: bool, shared: bool = False, descriptor: int | None = None
-    ) -> None:
+    def __init__(self, base: int, nbytes: int, *, pin: bool, descriptor: int | None = None, huge: bool = False) -> None:
         """Args:
         base: where the slab starts in its pool's address space, in granules.
         pin: page-lock it with CUDA; memory that cannot be pinned is used as it is.
-        shared: other processes can map it too, by way of ``descriptor``.
-        descriptor: of another process's shared slab, which is mapped instead of fresh memory; taken over.
+        descriptor: of shared memory, which is mapped instead of fresh memory of our own; taken over.
+        huge: that memory is known to be of huge pages.
 
         Raises:
-            OSError: there is no memory to share.
+            OSError: there is no address space for it.
         """
         self.base = base
         self.nbytes = nbytes
         self.number = next(_numbers)
         """No two slabs of this process have the same."""
-        if shared:
-            descriptor = os.memfd_create("lmcache-slab", os.MFD_CLOEXEC)
-            os.ftruncate(descriptor, nbytes)
         self.descriptor = descriptor
+        self.huge = huge
         if descriptor is None:
             # Python's default is a shared mapping, for which the kernel gives no huge pages.
             self._pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -97,7 +93,7 @@ class Slab:
 
 
 def _ask_for_huge_pages(pages: mmap.mmap) -> None:
-    # Shared memory gets them only where the system's `shmem_enabled` is `advise` or more.
+    # Shared memory of ordinary pages gets them only where the system's `shmem_enabled` is `advise` or more.
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             pages.madvise(mmap.MADV_HUGEPAGE)

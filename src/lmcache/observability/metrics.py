@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from lmcache.observability.hook_times import HookTimes
 
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 # Fields of `TierCounts`.
@@ -63,6 +65,12 @@ class Metrics:
         self._fallbacks = counter("blend_fallbacks", "Requests that were not blended after all.", ["reason"])
         self._blend_tokens = counter("blend_tokens", "Tokens of known passages in blended requests.", ["fate"])
         self._blend_seconds = counter("blend_seconds", "Time spent in blends.", ["phase"])
+        self._waits = counter("waits", "Requests that waited in the engine's queue until the cache could answer.")
+        self._wait_seconds = counter("wait_seconds", "How long they waited.")
+        self._longest_wait = Gauge("lmcache_longest_wait_seconds", "The longest of them.", registry=self.registry)
+        self._longest_wait_seconds = 0.0
+        self.hooks = HookTimes()
+        self.registry.register(self.hooks)
         self._seconds = Histogram(
             "lmcache_operation_seconds",
             "Duration of store, retrieve and lookup.",
@@ -77,8 +85,9 @@ class Metrics:
     @property
     def changes(self) -> int:
         """Another number when anything was counted since: to ask is cheaper than :meth:`snapshot`, which is worth its
-        time only then. What the tiers count themselves moves with the rest."""
-        return self._changes
+        time only then. What the tiers count themselves moves with the rest, and so do calls of :attr:`hooks`, unless
+        one was the longest so far."""
+        return self._changes + self.hooks.records
 
     def requested(self, tokens: int) -> None:
         self._requested.inc(tokens)
@@ -107,6 +116,14 @@ class Metrics:
     def failure(self, reason: str) -> None:
         """An operation was given up; ``reason`` is a short fixed word such as ``disk_read``."""
         self._failures.labels(reason).inc()
+        self._changes += 1
+
+    def waited(self, seconds: float) -> None:
+        """A request waited so long before it was known what can be reused for it."""
+        self._waits.inc()
+        self._wait_seconds.inc(max(0.0, seconds))
+        self._longest_wait_seconds = max(self._longest_wait_seconds, seconds)
+        self._longest_wait.set(self._longest_wait_seconds)
         self._changes += 1
 
     def blended(self, reused: int, recomputed: int, seconds: Mapping[str, float]) -> None:

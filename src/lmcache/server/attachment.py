@@ -22,6 +22,9 @@ from lmcache.sockets.local import is_same_user
 logger = init_logger(__name__)
 
 
+_GATHER_SECONDS = 0.001
+
+
 class LostError(ConnectionError):
     """The server does not answer, or not in time."""
 
@@ -65,9 +68,13 @@ class Attachment:
         self._call_lock = threading.Lock()
         self._lock = threading.Lock()
         self._next_ticket = 0
-        self._reads: dict[int, Future[MemoryObj | None]] = {}
+        # Most of what is expected is there at once, so a future is made when somebody asks for it; early ones have
+        # ended before.
+        self._reads: dict[int, Future[MemoryObj | None] | None] = {}
+        self._early: dict[int, Future[MemoryObj | None]] = {}
         self._asked: dict[int, Future[None]] = {}
         self._live: dict[int, MemoryObj] = {}
+        self._released: list[int] = []
         self._count_lock = threading.Lock()
         self.lost = threading.Event()
         self._slabs = MappedSlabs(self._fetch_slab)
@@ -92,19 +99,31 @@ class Attachment:
             first, self._next_ticket = self._next_ticket, self._next_ticket + number
         return range(first, first + number)
 
-    def expect_reads(self, tickets: Sequence[int]) -> dict[int, Future[MemoryObj | None]]:
-        """Futures of reads that may begin with the next call: their ends can overtake its answer."""
-        futures: dict[int, Future[MemoryObj | None]] = {ticket: Future() for ticket in tickets}
-        for future in futures.values():
-            future.set_running_or_notify_cancel()
+    def expect_reads(self, tickets: Sequence[int]) -> None:
+        """Reads may begin with the next call, whose answer their ends can overtake. Each ticket then goes to
+        :meth:`read` or to :meth:`forget_reads`."""
         with self._lock:
-            self._reads.update(futures)
-        return futures
+            self._reads.update(dict.fromkeys(tickets))
+
+    def read(self, ticket: int) -> Future[MemoryObj | None]:
+        """What an expected read gives: None if the server is lost before its end."""
+        with self._lock:
+            if (future := self._early.pop(ticket, None)) is None:
+                future = _running()
+                if ticket in self._reads:
+                    self._reads[ticket] = future
+                else:  # given up when the server was lost
+                    future.set_result(None)
+        return future
 
     def forget_reads(self, tickets: Sequence[int]) -> None:
         with self._lock:
+            early = [self._early.pop(ticket, None) for ticket in tickets]
             for ticket in tickets:
                 self._reads.pop(ticket, None)
+        for future in early:
+            if future is not None:
+                future.add_done_callback(_release_result)
 
     def expect_answer(self, ticket: int) -> Future[None]:
         future: Future[None] = Future()
@@ -146,7 +165,8 @@ class Attachment:
         with suppress(OSError):
             self._calls.shutdown(socket.SHUT_RDWR)
         for read in reads.values():
-            read.set_result(None)
+            if read is not None:
+                read.set_result(None)
         for answer in asked.values():
             answer.set_result(None)
         if idle:
@@ -204,7 +224,10 @@ class Attachment:
 
     def _arrived(self, event: p.Arrived) -> None:
         with self._lock:
+            expected = event.ticket in self._reads
             future = self._reads.pop(event.ticket, None)
+            if expected and future is None:
+                future = self._early[event.ticket] = _running()
         if future is None:  # its call has failed meanwhile
             if event.place is not None:
                 self.send(p.Release([event.place.handle]))
@@ -220,9 +243,19 @@ class Attachment:
         with self._lock:
             self._live.pop(obj.offset, None)
             over = self.lost.is_set() and not self._live
-        self._outbox.put(p.encode(p.Release([obj.offset])))
+            self._released.append(obj.offset)
+            first = len(self._released) == 1
+        if first:
+            self._outbox.put(self._released_so_far)
         if over:
             self._part()
+
+    def _released_so_far(self) -> bytes:
+        """What a retrieve lets go of chunk by chunk, in one message."""
+        time.sleep(_GATHER_SECONDS)  # to send at once would take turns with the thread that lets go
+        with self._lock:
+            handles, self._released = self._released, []
+        return p.encode(p.Release(handles))
 
     def _part(self) -> None:
         """The end of the session: the server gives everything back."""
@@ -233,3 +266,14 @@ class Attachment:
         assert self._calls is not None
         self._calls.close()
         self._slabs.close()
+
+
+def _running() -> Future[MemoryObj | None]:
+    future: Future[MemoryObj | None] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def _release_result(read: Future[MemoryObj | None]) -> None:
+    if (obj := read.result()) is not None:
+        obj.ref_down()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lmcache.keys import CacheKey
 from lmcache.memory.memory_obj import MemoryObj
@@ -25,15 +25,25 @@ class Holdings:
         self._ended = False
 
     def add(self, obj: MemoryObj, specs: SpecTable) -> Place | None:
-        """Take over a reference; None, and it is given back, when the client is gone."""
-        slab, offset = self._memory.pool.place_of(obj)
+        """:meth:`add_all` of one."""
+        places = self.add_all([obj], specs)
+        return places[0] if places else None
+
+    def add_all(self, objs: Sequence[MemoryObj], specs: SpecTable) -> list[Place]:
+        """Take over a reference to each; no places, and they are given back, when the client is gone."""
+        lies = self._memory.pool.places_of(objs)
         with self._lock:
             if not self._ended:
-                handle, self._next = self._next, self._next + 1
-                self._objs[handle] = obj
-                return Place(handle, slab, offset, specs.add(obj.spec))
-        obj.ref_down()
-        return None
+                handles = range(self._next, self._next + len(objs))
+                self._next = handles.stop
+                self._objs.update(zip(handles, objs, strict=True))
+                return [
+                    Place(handle, slab, offset, specs.add(obj.spec))
+                    for handle, obj, (slab, offset) in zip(handles, objs, lies, strict=True)
+                ]
+        for obj in objs:
+            obj.ref_down()
+        return []
 
     def borrow(self, handle: int) -> MemoryObj:
         """The object with a reference for the caller.

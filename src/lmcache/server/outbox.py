@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import socket
 import threading
+from collections.abc import Callable
 
 from lmcache.sockets.frames import send_frame
 
@@ -14,11 +15,12 @@ class Outbox:
 
     def __init__(self, connection: socket.socket, name: str) -> None:
         self._connection = connection
-        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[bytes | Callable[[], bytes] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
-    def put(self, payload: bytes) -> None:
-        """Never waits, and takes no lock: safe wherever a reference may go."""
+    def put(self, payload: bytes | Callable[[], bytes]) -> None:
+        """Never waits, and takes no lock: safe wherever a reference may go. A function is asked what to send when its
+        turn has come."""
         self._queue.put(payload)
 
     def close(self) -> None:
@@ -30,6 +32,6 @@ class Outbox:
         while (payload := self._queue.get()) is not None:
             if not broken:
                 try:
-                    send_frame(self._connection, payload)
+                    send_frame(self._connection, payload if isinstance(payload, bytes) else payload())
                 except OSError:
                     broken = True

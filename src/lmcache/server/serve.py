@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lmcache.config import LMCacheEngineConfig
 from lmcache.config.schema import GIB
+from lmcache.memory.shared_memory import SharedMemorySource
 from lmcache.observability.metrics import Metrics
 from lmcache.segmentation.passage_catalog import PassageCatalog
 from lmcache.server.server import CacheServer
@@ -29,7 +30,12 @@ def open_server(config: LMCacheEngineConfig, path: Path, *, allowed_uids: frozen
         )
     metrics = Metrics()
     with ExitStack() as started:
-        memory = LocalCPUTier(int(config.max_local_cpu_size * GIB), config.cache_policy, pin_memory=False, shared=True)
+        memory = LocalCPUTier(
+            int(config.max_local_cpu_size * GIB),
+            config.cache_policy,
+            pin_memory=False,
+            shared=SharedMemorySource(huge_pages=config.server_huge_pages),
+        )
         started.callback(memory.close)
         disk = open_disk(config, memory.allocate, metrics)
         remote = open_remote(config, memory.allocate)

@@ -157,6 +157,7 @@ class Session:
         keys = call.keys.decode()
         found = self._storage.acquire_leading(keys) if call.leading else self._storage.acquire_each(keys)
         specs = p.SpecTable()
+        places = iter(self.holdings.add_all([each.obj for each in found if each is not None and each.obj], specs))
         hits: list[p.Hit | None] = []
         for index, each in enumerate(found):
             if each is None:
@@ -167,8 +168,7 @@ class Session:
                 hits.append(p.Hit(number, None))
                 each.read.add_done_callback(partial(self._read_ended, call.first_ticket + index))
             else:
-                assert each.obj is not None
-                place = self.holdings.add(each.obj, specs)
+                place = next(places, None)
                 hits.append(None if place is None else p.Hit(number, place))
         return p.Acquired(hits, specs.raw)
 

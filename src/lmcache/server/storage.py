@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
@@ -84,8 +85,9 @@ class ServerStorage(KVStorage):
     def _acquire(self, keys: Sequence[CacheKey], *, leading: bool) -> list[Found | None]:
         def ask(server: Attachment) -> list[Found | None]:
             tickets = server.tickets(len(keys))
-            reads = server.expect_reads(tickets)
+            server.expect_reads(tickets)
             started: set[int] = set()
+            held: Counter[str] = Counter()
             try:
                 acquired = _expect(server.call(p.Acquire(p.Keys.of(keys), tickets[0], leading)), p.Acquired)
                 specs = p.decode_specs(acquired.specs)
@@ -97,16 +99,19 @@ class ServerStorage(KVStorage):
                     tier = _Tier(server.welcome.tiers[hit.tier])
                     if hit.place is None:
                         started.add(ticket)
-                        found.append(Found(tier, None, reads[ticket]))
-                        reads[ticket].add_done_callback(self._count_read(tier.name))
+                        read = server.read(ticket)
+                        found.append(Found(tier, None, read))
+                        read.add_done_callback(self._count_read(tier.name))
                     elif (obj := server.open(hit.place, specs)) is not None:
-                        self.metrics.read(tier.name, obj.spec.nbytes)
+                        held[tier.name] += obj.spec.nbytes
                         found.append(Found(tier, obj, None))
                     else:
                         found.append(None)
                 return found
             finally:
                 server.forget_reads([ticket for ticket in tickets if ticket not in started])
+                for name, nbytes in held.items():
+                    self.metrics.read(name, nbytes)
 
         return self._try("acquire", ask, []) if keys else []
 

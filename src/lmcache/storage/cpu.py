@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from lmcache.keys import CacheKey
 from lmcache.memory.allocator import DEFAULT_SLAB_BYTES, SlabAllocator
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
+from lmcache.memory.shared_memory import SharedMemorySource
 from lmcache.storage.interface import StorageTier, TierStats
 from lmcache.storage.policies import make_policy
 from lmcache.storage.policies.interface import EvictionPolicy
@@ -29,7 +30,7 @@ class LocalCPUTier(StorageTier):
         *,
         slab_bytes: int = DEFAULT_SLAB_BYTES,
         pin_memory: bool | None = None,
-        shared: bool = False,
+        shared: SharedMemorySource | None = None,
     ) -> None:
         """``policy`` is a name that :func:`make_policy` knows; the rest as in :class:`SlabAllocator`."""
         self.pool = SlabAllocator(capacity_bytes, slab_bytes=slab_bytes, pin_memory=pin_memory, shared=shared)

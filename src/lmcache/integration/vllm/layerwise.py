@@ -34,6 +34,10 @@ class LayerwiseLoads:
     def set_layers(self, names: list[str]) -> None:
         self._layer_index = {name: index for index, name in enumerate(names)}
 
+    @property
+    def under_way(self) -> bool:
+        return bool(self._loads)
+
     def start(self, op: LoadOp, lease: PrefixLease, steps: Generator[object, None, torch.Tensor]) -> None:
         """Take over ``lease`` until the load has ended."""
         self._loads.append(_Load(op, lease, steps))

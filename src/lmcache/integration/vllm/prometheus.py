@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from lmcache.observability.metrics import Metrics
 
 
+_LONGEST = "lmcache_longest_"
+"""Prefix of those that are maxima: of several the largest counts, not their sum."""
+
 # Every rank counts these of the same requests, so one of them tells.
 _OF_REQUESTS = ("lmcache_requested_", "lmcache_reused_", "lmcache_stored_", "lmcache_blend")
 
 
 class LMCacheStats(KVConnectorStats):
-    """What our counters grew by since the last step: ``data[sample name] = increase``."""
+    """What our counters grew by since the last step: ``data[sample name] = increase``, and maxima that grew, whole."""
 
     @classmethod
     def since(
@@ -32,17 +35,21 @@ class LMCacheStats(KVConnectorStats):
         now = {
             name: value
             for name, value in metrics.snapshot().items()
-            if "_total" in name and (of_requests or not name.startswith(_OF_REQUESTS))
+            if ("_total" in name or name.startswith(_LONGEST)) and (of_requests or not name.startswith(_OF_REQUESTS))
         }
-        grown = {name: value - before.get(name, 0.0) for name, value in now.items()}
-        return cls(data={name: growth for name, growth in grown.items() if growth}), now
+        grown = {name: value for name, value in now.items() if value != before.get(name, 0.0)}
+        counted = {
+            name: value if name.startswith(_LONGEST) else value - before.get(name, 0.0) for name, value in grown.items()
+        }
+        return cls(data=counted), now
 
     def reset(self) -> None:
         self.data.clear()
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         for name, growth in other.data.items():
-            self.data[name] = self.data.get(name, 0.0) + growth
+            before = self.data.get(name, 0.0)
+            self.data[name] = max(before, growth) if name.startswith(_LONGEST) else before + growth
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -73,7 +80,7 @@ class StatsTeller:
 
 
 class LMCachePromMetrics(KVConnectorPromMetrics):
-    """One vLLM counter for each of ours, labelled with vLLM's engine and model, made when it first moves."""
+    """One vLLM metric for each of ours, labelled with vLLM's engine and model, made when it first moves."""
 
     def __init__(
         self,
@@ -83,21 +90,28 @@ class LMCachePromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._counters: dict[str, Any] = {}
+        self._families: dict[str, Any] = {}
+        self._longest: dict[tuple[int, str], float] = {}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for sample, growth in transfer_stats_data.items():
             name, labels = _split(sample)
-            family = self._counters.get(name)
+            is_longest = name.startswith(_LONGEST)
+            family = self._families.get(name)
             if family is None:
                 plain = name.removesuffix("_total")
-                family = self._counters[name] = self._counter_cls(
+                family = self._families[name] = (self._gauge_cls if is_longest else self._counter_cls)(
                     # vLLM's own prefix: its snapshot of metrics leaves others out.
                     name=f"vllm:{plain}",
                     documentation=f"{plain.replace('_', ' ')}, see lmcache.observability.metrics.",
                     labelnames=[*self._labelnames, *labels],
                 )
-            family.labels(*self.per_engine_labelvalues[engine_idx], *labels.values()).inc(growth)
+            metric = family.labels(*self.per_engine_labelvalues[engine_idx], *labels.values())
+            if is_longest:
+                longest = self._longest[engine_idx, sample] = max(growth, self._longest.get((engine_idx, sample), 0.0))
+                metric.set(longest)
+            else:
+                metric.inc(growth)
 
 
 def _split(sample: str) -> tuple[str, dict[str, str]]:

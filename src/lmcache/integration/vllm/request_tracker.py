@@ -94,8 +94,8 @@ class RequestTracker:
         before, self.preemptions = self.preemptions, self.request.num_preemptions
         return self.preemptions != before
 
-    def summary(self) -> dict[str, Any]:
-        """What the client is told in ``kv_transfer_params`` of the response."""
+    def summary(self, milliseconds: dict[str, float]) -> dict[str, Any]:
+        """What the client is told in ``kv_transfer_params`` of the response; ``milliseconds`` that it lost to us."""
         blend = self.blend_report
         kept = blend is None or blend["fallback"] is None
         tiers = dict(Counter(self.tiers) + Counter(self.passage_tiers if kept else {}))
@@ -107,6 +107,7 @@ class RequestTracker:
                 "reused_tokens": self.reused_tokens + (self.passage_tokens if kept else 0),
                 "tier": "+".join(tiers) or None,
                 "tokens_by_tier": tiers,
+                "milliseconds": milliseconds,
                 "blend": blend,
             }
         }

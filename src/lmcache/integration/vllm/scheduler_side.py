@@ -14,6 +14,7 @@ from lmcache.integration.vllm.parallel.ranked_cache import RankedCache
 from lmcache.integration.vllm.request_tracker import RequestTracker
 from lmcache.integration.vllm.save_planner import SavePlanner
 from lmcache.integration.vllm.shared_engine import SharedEngine
+from lmcache.integration.vllm.stalls import RequestStalls
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
 from lmcache.observability.ranges import Range
@@ -42,19 +43,25 @@ class SchedulerSide:
         self._trackers: dict[str, RequestTracker] = {}
         self._asynchronous_loads: list[LoadOp] = []
         self._make_scheduling: Callable[[], BlendScheduling | None] | None = make_scheduling
+        self._stalls = RequestStalls(shared.metrics)
 
     @property
     def metrics(self) -> Metrics:
         return self._shared.metrics
 
-    @never_raise(lambda: 0)
-    @Range("look up")
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         """Tokens beyond ``num_computed_tokens`` that the cache will supply; None while that is not known yet.
 
         Nothing is promised before its bytes are in host memory, so a slow or broken disk never fails a request. The
         last token is always left for vLLM: it gives the first logits.
         """
+        tokens = self._reusable(request, num_computed_tokens)
+        self._stalls.looked_up(request.request_id, answered=tokens is not None)
+        return tokens
+
+    @never_raise(lambda: 0)
+    @Range("look up")
+    def _reusable(self, request: Request, num_computed_tokens: int) -> int | None:
         tracker = self._tracker(request)
         if tracker.skip_load or not self._shared.serves or request.request_id in self._shared.failed_loads:
             return 0
@@ -161,10 +168,11 @@ class SchedulerSide:
         """Whether the blocks must stay until a save has read them, and what the client is told."""
         # Once the answer is yes it must reach vLLM: it frees the blocks when the worker role names the request.
         delay = self._shared.saves.delay_free(request.request_id)
-        return delay, self._forget(request.request_id)
+        milliseconds = self._stalls.ended(request.request_id)
+        return delay, self._forget(request.request_id, milliseconds)
 
     @never_raise(lambda: None)
-    def _forget(self, req_id: str) -> dict[str, Any] | None:
+    def _forget(self, req_id: str, milliseconds: dict[str, float]) -> dict[str, Any] | None:
         tracker = self._trackers.pop(req_id, None)
         if tracker is None:
             return None
@@ -179,7 +187,7 @@ class SchedulerSide:
             self._shared.failed_loads.discard(req_id)
             tracker.reused_tokens, tracker.tiers = 0, {}
             tracker.passage_tokens, tracker.passage_tiers = 0, {}
-        return tracker.summary()
+        return tracker.summary(milliseconds)
 
     @never_raise(lambda: False)
     def reset_cache(self) -> bool:

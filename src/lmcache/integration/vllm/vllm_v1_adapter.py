@@ -20,6 +20,7 @@ from lmcache.integration.vllm.scheduler_side import SchedulerSide
 from lmcache.integration.vllm.shared_engine import SharedEngine, UnsupportedSetupError, refuse_unsupported
 from lmcache.integration.vllm.worker_side import WorkerSide
 from lmcache.observability.events import CacheStoreEvent
+from lmcache.observability.hook_times import HookTimes, engine_hook
 from lmcache.observability.logging import init_logger
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class LMCacheConnectorV1Impl:
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._ranks: RankedCache | None = None
+        self.hooks = HookTimes()
+        """Of this role; both roles' where they share a process."""
         # A load that fails must be computed, not answered with an error (vLLM's default).
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
         self._release: Callable[[], object] | None = None
@@ -58,12 +61,14 @@ class LMCacheConnectorV1Impl:
             if apart and role == KVConnectorRole.SCHEDULER:
                 refuse_unsupported(vllm_config, parent._kv_cache_config)
                 self._ranks = RankedCache(vllm_config)
+                self.hooks = self._ranks.metrics.hooks
                 self._scheduler = SchedulerSide(self._ranks, partial(make_scheduling, self._ranks, vllm_config))
                 return
             name, shared = SharedEngine.acquire(vllm_config, parent._kv_cache_config)
         except UnsupportedSetupError as reason:
             logger.error("The KV cache stays off: %s", reason)
             return
+        self.hooks = shared.metrics.hooks
         # The built-in wrapper passes no shutdown on: whoever drops the connector drops its engine.
         self._release = weakref.finalize(self, SharedEngine.release, name)
         if role == KVConnectorRole.SCHEDULER:
@@ -82,10 +87,12 @@ class LMCacheConnectorV1Impl:
     def handle_preemptions(self, meta: KVConnectorMetadata) -> None:
         """Nothing left to do: a step's preempted requests are waited for when its metadata is bound."""
 
+    @engine_hook
     def bind_connector_metadata(self, meta: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(meta, LMCacheConnectorMetadata):
             self._worker.bind_connector_metadata(meta)
 
+    @engine_hook
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         if self._worker is None:
             return
@@ -94,7 +101,8 @@ class LMCacheConnectorV1Impl:
             self._worker.start_load_kv(meta)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        if self._worker is not None:
+        """Called for every layer of every step, so its time is counted only where there is something to load."""
+        if self._worker is not None and self._worker.loads_by_layer:
             self._worker.wait_for_layer_load(layer_name)
 
     def save_kv_layer(
@@ -102,26 +110,32 @@ class LMCacheConnectorV1Impl:
     ) -> None:
         """Saves wait for the whole forward: per-layer hooks do not replay inside CUDA graphs."""
 
+    @engine_hook
     def wait_for_save(self) -> None:
         if self._worker is not None:
             self._worker.wait_for_save()
 
+    @engine_hook
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return self._worker.get_finished() if self._worker is not None else (None, None)
 
+    @engine_hook
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.get_block_ids_with_load_errors() if self._worker is not None else set()
 
+    @engine_hook
     def get_kv_events(self) -> Iterable[CacheStoreEvent]:
         return self._worker.get_kv_events() if self._worker is not None else []
 
     # Scheduler role
 
+    @engine_hook
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         if self._scheduler is None:
             return 0
         return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
 
+    @engine_hook
     def update_state_after_alloc(
         self, request: Request, num_external_tokens: int, block_ids: list[int] | None = None
     ) -> None:
@@ -129,6 +143,7 @@ class LMCacheConnectorV1Impl:
         if self._scheduler is not None:
             self._scheduler.update_state_after_alloc(request, num_external_tokens, block_ids)
 
+    @engine_hook
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         if self._scheduler is None:
             return LMCacheConnectorMetadata()
@@ -141,6 +156,7 @@ class LMCacheConnectorV1Impl:
         """Whether the load of what was just promised may run beside the forward."""
         return self._scheduler is None or self._scheduler.load_is_asynchronous(request)
 
+    @engine_hook
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduler.request_finished(request, block_ids) if self._scheduler is not None else (False, None)
 
@@ -149,6 +165,7 @@ class LMCacheConnectorV1Impl:
     def reset_cache(self) -> bool:
         return self._scheduler.reset_cache() if self._scheduler is not None else True
 
+    @engine_hook
     def stats_since_last(self) -> KVConnectorStats | None:
         """Growth of our counters since the last step.
 

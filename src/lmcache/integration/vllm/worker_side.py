@@ -31,6 +31,7 @@ from lmcache.integration.vllm.prometheus import LMCacheStats, StatsTeller
 from lmcache.integration.vllm.shared_engine import SharedEngine
 from lmcache.memory.one_thread import one_thread
 from lmcache.observability.events import CacheStoreEvent
+from lmcache.observability.hook_times import HookTimes, engine_hook
 from lmcache.observability.logging import init_logger
 from lmcache.observability.metrics import Metrics
 from lmcache.observability.ranges import Range
@@ -69,6 +70,10 @@ class WorkerSide:
     @property
     def metrics(self) -> Metrics:
         return self._shared.metrics
+
+    @property
+    def hooks(self) -> HookTimes:
+        return self.metrics.hooks
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn vLLM's page tensors, and prove on them that their layout is read right.
@@ -150,8 +155,15 @@ class WorkerSide:
                 layerwise = self._shared.config.use_layerwise and not meta.blends
                 self._load(load, layerwise=layerwise)
             if meta.blends:
-                self._blend(meta.blends)
+                with self.metrics.hooks.apart("blend"):
+                    self._blend(meta.blends)
 
+    @property
+    def loads_by_layer(self) -> bool:
+        """Whether layers of this step are still to come."""
+        return self._layerwise.under_way
+
+    @engine_hook
     @never_raise(lambda: None)
     def wait_for_layer_load(self, layer_name: str) -> None:
         self._layerwise.advance_to(layer_name)
