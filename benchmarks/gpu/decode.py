@@ -38,6 +38,8 @@ class Scale:
 
 def measure(engine: Engine, scale: Scale, runs: int, every: int) -> Iterator[Cell]:
     prompts = Prompts(engine.setup, "decode")
+    if engine.setup.variant != PLAIN:
+        engine.fill(prompts.tokens, scale.background)
     speeds: dict[str, list[float]] = {NOTHING: [], NEW: [], KNOWN: []}
     beside: dict[str, list[Request]] = {NOTHING: [], NEW: [], KNOWN: []}
     for run in range(-1, runs):

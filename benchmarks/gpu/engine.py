@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,13 @@ class Engine:
             output.num_cached_tokens or 0,
             report_of(output),
         )
+
+    def fill(self, draw: Callable[[int], list[int]], length: int) -> None:
+        """Have a connector's host memory pinned and full, as it is in a server that runs for a while, by prompts of
+        ``length`` tokens that ``draw`` gives."""
+        for _ in range(math.ceil(self.setup.host_tokens / length)):
+            self.ask(draw(length))
+            self.forget()
 
     @property
     def has_work(self) -> bool:

@@ -34,6 +34,8 @@ def measure(
     blends = engine.setup.variant == BLEND
     params = {"lmcache.blend_ratio": ratio} if blends else None
     prompts = Prompts(engine.setup)
+    if engine.setup.variant != PLAIN:
+        engine.fill(Prompts(engine.setup, "fill").tokens, CHOSEN * len(documents[0]))
     for document in documents:
         engine.ask([*prompts.system, *document])
     engine.settle()

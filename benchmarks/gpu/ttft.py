@@ -14,7 +14,6 @@ counted. ``--variants`` also knows ``prefix``: ours with CacheBlend off.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -47,17 +46,11 @@ def measure(engine: Engine, lengths: list[int], runs: int, document: int) -> Ite
     prompts = Prompts(engine.setup)
     stores = engine.setup.variant != PLAIN
     if stores:
-        fill(engine, prompts, max(lengths))
+        engine.fill(prompts.tokens, max(lengths))
     for length in lengths:
         yield from cold_and_reload(engine, prompts, length // document * document, runs, stores)
     if engine.setup.variant == OURS:
         yield from blends(engine, prompts, lengths, runs, document)
-
-
-def fill(engine: Engine, prompts: Prompts, length: int) -> None:
-    for _ in range(math.ceil(engine.setup.host_tokens / length)):
-        engine.ask(prompts.tokens(length))
-        engine.forget()
 
 
 def cold_and_reload(engine: Engine, prompts: Prompts, length: int, runs: int, stores: bool) -> Iterator[Cell]:
