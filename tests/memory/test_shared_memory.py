@@ -17,7 +17,7 @@ from lmcache.memory.memory_obj import KVSpec
 from lmcache.memory.shared_memory import HUGE_PAGE, SharedMemorySource, make_shared
 from lmcache.memory.slab import Slab
 from tests.eventually import eventually
-from tests.memory.huge_pages import free_huge_pages, needs_huge_pages, page_sizes_of_slabs
+from tests.memory.huge_pages import free_huge_pages, need_huge_pages, page_sizes_of_slabs
 
 MIB = 1 << 20
 
@@ -28,6 +28,18 @@ def spec(nbytes: int) -> KVSpec:
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_under_way() -> None:
+    """What earlier tests had made ahead is back."""
+    wait_for_what_is_made_ahead()
+
+
+def wait_for_what_is_made_ahead() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "lmcache-huge-pages":
+            thread.join()
 
 
 @pytest.fixture
@@ -43,8 +55,8 @@ def lacking(monkeypatch):
     return attempts
 
 
-@needs_huge_pages(2)
 def test_huge_pages_are_taken_and_given_back() -> None:
+    need_huge_pages(2)
     free = free_huge_pages()
     memory = make_shared(2 * HUGE_PAGE, huge_pages=True)
     assert memory.huge
@@ -131,8 +143,8 @@ def test_they_can_be_left_to_others(caplog) -> None:
     assert caplog.text == ""
 
 
-@needs_huge_pages(4)
 def test_each_slab_decides_by_itself(monkeypatch) -> None:
+    need_huge_pages(4)
     fallocate, refused = os.posix_fallocate, []
 
     def refuse_the_second(descriptor: int, offset: int, nbytes: int) -> None:
@@ -177,8 +189,8 @@ def test_an_object_larger_than_the_slabs_gets_whole_huge_pages_too() -> None:
     pool.close()
 
 
-@needs_huge_pages(3)
 def test_what_was_made_ahead_goes_back_when_it_is_not_wanted() -> None:
+    need_huge_pages(3)
     before, free = open_descriptors(), free_huge_pages()
     source = SharedMemorySource()
     source.prepare(2 * HUGE_PAGE)
@@ -191,9 +203,9 @@ def test_what_was_made_ahead_goes_back_when_it_is_not_wanted() -> None:
     assert eventually(lambda: (open_descriptors(), free_huge_pages()) == (before, free))
 
 
-@needs_huge_pages(1)
 def test_who_waits_for_memory_waits_a_moment_at_most(monkeypatch, caplog) -> None:
     """Half a gigabyte can take a second, and that is how long a client waits for an answer."""
+    need_huge_pages(1)
     before, fallocate, go = open_descriptors(), os.posix_fallocate, threading.Event()
 
     def slow(descriptor: int, offset: int, nbytes: int) -> None:
@@ -214,14 +226,12 @@ def test_who_waits_for_memory_waits_a_moment_at_most(monkeypatch, caplog) -> Non
     assert eventually(lambda: open_descriptors() == before)
 
 
-@needs_huge_pages(1)
 def test_the_next_piece_is_made_ahead() -> None:
     """Clearing huge pages takes longer than a client waits for its answer."""
+    need_huge_pages(1)
     source = SharedMemorySource()
     source.prepare(HUGE_PAGE)
-    for thread in threading.enumerate():
-        if thread.name == "lmcache-huge-pages":
-            thread.join()
+    wait_for_what_is_made_ahead()
     free = free_huge_pages()
     memory = source.take(HUGE_PAGE)
     assert memory.huge

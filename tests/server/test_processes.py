@@ -15,7 +15,7 @@ import torch
 from demo.fleet.standstill import go_on, stand_still
 from tests.engine.helpers import kv_of, tokens_of
 from tests.eventually import eventually
-from tests.memory.huge_pages import needs_huge_pages, page_sizes_of_slabs
+from tests.memory.huge_pages import need_huge_pages, page_sizes_of_slabs
 from tests.server.clients import manager_at
 from tests.server.processes import ClientProcess, ServerProcess
 
@@ -45,9 +45,9 @@ def test_what_one_process_stores_another_finds_exactly(server: ServerProcess) ->
     assert "Traceback" not in server.stop()
 
 
-@needs_huge_pages(4)
 @pytest.mark.parametrize(("huge_pages", "page_size"), [("true", 2 << 20), ("false", 4096)])
 def test_memory_of_huge_pages_is_read_and_written_alike(tmp_path: Path, huge_pages: str, page_size: int) -> None:
+    need_huge_pages(4)
     with (
         ServerProcess(tmp_path / "kv.sock", max_local_cpu_size=8 / 1024, server_huge_pages=huge_pages) as server,
         manager_at(server.socket) as manager,
