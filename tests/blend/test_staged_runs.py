@@ -59,21 +59,28 @@ def ring(kept_bytes: int) -> StagingRing:
     return made
 
 
-@given(
-    parts=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(0, 2)), min_size=1, max_size=4),
-    cut=st.tuples(st.integers(0, 5), st.integers(0, 5)),
-    kept=st.sampled_from([0, 1 << 12, 1 << 20]),
-)
-def test_every_layer_brings_the_rows_of_the_span(
-    parts: list[tuple[int, int, int]], cut: tuple[int, int], kept: int
-) -> None:
-    chunks = [(torch.randn(LAYERS, 2, at + count + rest, HEADS, DIM), at, count) for at, count, rest in parts]
+Parts = list[tuple[int, int, int]]
+PARTS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(0, 2)), min_size=1, max_size=4)
+KEPT = st.sampled_from([0, 1 << 12, 1 << 20])
+
+
+def chunks_of(parts: Parts) -> list[tuple[torch.Tensor, int, int]]:
+    return [(torch.randn(LAYERS, 2, at + count + rest, HEADS, DIM), at, count) for at, count, rest in parts]
+
+
+def staged_of(source: Chunks, start: int, end: int, kept: int) -> StagedLayers:
+    span = ReusedSpan(0, end - start, source=0, source_start=start)
+    placed = PlacedSpan(0, (0, end - start), span, source)
+    return StagedLayers([placed], LAYERS, (HEADS, DIM), torch.float32, ring(kept))
+
+
+@given(parts=PARTS, cut=st.tuples(st.integers(0, 5), st.integers(0, 5)), kept=KEPT)
+def test_every_layer_brings_the_rows_of_the_span(parts: Parts, cut: tuple[int, int], kept: int) -> None:
+    chunks = chunks_of(parts)
     source = Chunks(chunks)
     start = min(cut[0], source.num_tokens - 1)
     end = max(start + 1, source.num_tokens - cut[1])
-    span = ReusedSpan(0, end - start, source=0, source_start=start)
-    made = ring(kept)
-    staged = StagedLayers([PlacedSpan(0, (0, end - start), span, source)], LAYERS, (HEADS, DIM), torch.float32, made)
+    staged = staged_of(source, start, end, kept)
     staged.begin()
     expected = torch.cat([chunk[:, :, at : at + count] for chunk, at, count in chunks], 2)[:, :, start:end]
     for layer in range(LAYERS):
@@ -81,3 +88,29 @@ def test_every_layer_brings_the_rows_of_the_span(
         assert torch.equal(rows[staged.k_from.long()], expected[layer, 0])
         assert torch.equal(rows[staged.v_from.long()], expected[layer, 1])
         staged.done(layer)
+
+
+@given(parts=PARTS, kept=KEPT, count=st.integers(1, LAYERS), ahead=st.sampled_from([None, 0, 100, 1 << 12]))
+def test_layers_that_lie_one_after_the_other_are_given_as_one(
+    parts: Parts, kept: int, count: int, ahead: int | None
+) -> None:
+    """Also where only the first were staged at the beginning."""
+    chunks = chunks_of(parts)
+    source = Chunks(chunks)
+    staged = staged_of(source, 0, source.num_tokens, kept)
+    staged.begin(ahead)
+    staged.go_on()
+    expected = torch.cat([chunk[:, :, at : at + count] for chunk, at, count in chunks], 2)
+    first = 0
+    while first < LAYERS:
+        wanted = min(count, LAYERS - first)
+        together = staged.together(first, wanted)
+        if together is None:
+            assert wanted > 1
+            wanted = 1
+            together = staged.layer(first)
+        for index, rows in enumerate(together.view(wanted, -1, HEADS, DIM)):
+            assert torch.equal(rows[staged.k_from.long()], expected[first + index, 0])
+            assert torch.equal(rows[staged.v_from.long()], expected[first + index, 1])
+        staged.done(first, wanted)
+        first += wanted

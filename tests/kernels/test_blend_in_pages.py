@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from lmcache.blend.paged_blend import PagedPrompt, blend_pages
 from lmcache.blend.passage_lease import HeldPassage
 from lmcache.blend.policies import make_policy
 from lmcache.blend.rope import FusedRope, RopeFrequencies
+from lmcache.blend.staged_ahead import StagedAhead
 from lmcache.blend.staged_layers import StagingRing
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.paging.token_connector import TokenConnector
@@ -134,6 +136,33 @@ def test_pages_hold_what_a_blend_in_tensors_writes(
     layout: str, policy: str, corrector: str, ratio: float, max_rows: int | None
 ) -> None:
     compare(layout, policy, corrector, ratio, max_rows, None)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_was_staged_ahead_is_used_for_its_own_prompt_alone(same: bool) -> None:
+    def blended(ahead_of: int | None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        engine = Engine("kv_second_nhd")
+        ids, prompts = two_prompts(engine, 0.2)
+        ring, ahead = StagingRing(DEVICE), None
+        if ahead_of is not None:
+            nowhere = replace(prompts[ahead_of], slots=torch.zeros_like(prompts[ahead_of].slots))
+            ahead = StagedAhead(nowhere.planned(engine.connector), LAYERS, engine.connector.kv_layout, ring)
+        blend_pages(
+            FloatHost(engine.model, ids[:1]),
+            engine.connector,
+            prompts[:1],
+            ROPES,
+            make_policy("sampled_attention"),
+            make_corrector("kriging"),
+            ring=ring,
+            ahead=ahead,
+        )
+        assert ahead is None or ahead.take([]) is None, "given out twice"
+        return [tensor.clone() for tensor in engine.connector.tensors]
+
+    for ours, theirs in zip(blended(0 if same else 1), blended(None), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def two_prompts(engine: Engine, ratio: float) -> tuple[list[torch.Tensor], list[PagedPrompt]]:
