@@ -24,7 +24,7 @@ MODEL := .cache/models/smollm2-bfloat16
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help has-python setup setup-sglang test test-fast test-kernels test-vllm test-vllm-rest test-vllm-blend test-sglang demo demo-sglang demo-fleet fuzz soak bench check format clean
+.PHONY: help has-python setup setup-sglang test test-fast test-fast-blend test-fast-rest test-kernels test-vllm test-vllm-rest test-vllm-blend test-sglang demo demo-sglang demo-fleet fuzz soak bench check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,7 +43,16 @@ test: test-fast ## all tests: the fast ones, then those on a real vLLM and a rea
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-vllm-rest test-sglang test-vllm-blend test-kernels
 
 test-fast: setup ## the tests that need no engine
-	$(BIN)/python -m pytest -m "not vllm and not sglang"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-fast-blend test-fast-rest
+
+# Two parts, as of the tests on a real vLLM.
+FAST_BLEND := tests/blend tests/transformers tests/evaluation
+
+test-fast-blend: setup
+	$(BIN)/python -m pytest -m "not vllm and not sglang" $(FAST_BLEND)
+
+test-fast-rest: setup
+	$(BIN)/python -m pytest -m "not vllm and not sglang" $(addprefix --ignore=,$(FAST_BLEND))
 
 test-kernels: setup-sglang ## the kernels for GPUs, in Triton's interpreter
 	TRITON_INTERPRET=1 $(SGLANG_BIN)/python -m pytest tests/kernels
