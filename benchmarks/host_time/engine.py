@@ -44,11 +44,11 @@ class Answer:
 
 
 class HostEngine:
-    def __init__(self, num_tokens: int, copies: FirstCopies) -> None:
-        """``num_tokens``: of the longest prompt."""
+    def __init__(self, num_tokens: int, copies: FirstCopies, memory_gb: float = 2.0) -> None:
+        """``num_tokens``: of the longest prompt; ``memory_gb``: for chunks."""
         self._copies = copies
         config = LMCacheEngineConfig.from_defaults(
-            chunk_size=CHUNK, enable_blending=True, max_local_cpu_size=2.0, blend_corrector="none"
+            chunk_size=CHUNK, enable_blending=True, max_local_cpu_size=memory_gb, blend_corrector="none"
         )
         shape = (LAYERS, 2, CHUNK, HEADS, DIM)
         self.shared = SharedEngine(LMCacheManager(config, LMCacheEngineMetadata("model", kv_shape=shape)))
@@ -62,6 +62,9 @@ class HostEngine:
         for _ in range(3):
             ring.take(64 << 20 >> 7)
         stand_in_stream(ring)
+        for _ in range(2):
+            self._reading._out.take(64 << 20 >> 7)
+        stand_in_stream(self._reading._out)
         frequencies = 1.0 / (10_000.0 ** (torch.arange(0, DIM, 2, dtype=torch.float64) / DIM))
         rope = FusedRope(RopeFrequencies(frequencies), head_size=DIM)
         blender = Blender(cast(Any, Model()), [rope] * LAYERS, self._reading, max_rows=1 << 16)
@@ -88,9 +91,13 @@ class HostEngine:
     def keep(self, tokens: list[int]) -> None:
         """Ask with a prompt and let what it computed be stored."""
         self.shared.engine.set_gpu_connector(self._writing)
+        self.compute(tokens)
+        self.shared.engine.set_gpu_connector(self._reading)
+
+    def compute(self, tokens: list[int]) -> None:
+        """As vLLM computes a prompt of which nothing is reused, until it is saved."""
         self.ask(tokens, {"lmcache.blend": False, "lmcache.skip_load": True})
         self.shared.saves.wait()
-        self.shared.engine.set_gpu_connector(self._reading)
 
     def ask(self, tokens: list[int], params: dict[str, Any] | None = None) -> Answer:
         request, output = self._request(tokens, params)

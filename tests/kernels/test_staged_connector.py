@@ -71,7 +71,9 @@ def test_every_byte_is_where_the_connector_of_single_tokens_puts_it(
     for chunk, copy in zip(chunks, copies, strict=True):
         copy.bytes.copy_(chunk.bytes)
     for connector, kept in zip(connectors, (chunks, copies), strict=True):
-        connector.batched_from_gpu(kept, ranges, slots)
+        with patch.object(staged_connector, "_SAVE_BYTES", group_bytes):
+            connector.batched_from_gpu(kept, ranges, slots)
+            connector.layer_from_gpu(1, kept, ranges, slots.flip(0))
     for chunk, copy in zip(chunks, copies, strict=True):
         assert torch.equal(chunk.tensor.view(torch.uint8), copy.tensor.view(torch.uint8))
         chunk.bytes.random_(0, 256)

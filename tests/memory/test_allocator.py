@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 from lmcache.memory import slab
 from lmcache.memory.allocator import GRANULE, SlabAllocator
 from lmcache.memory.memory_obj import KVSpec
+from lmcache.memory.shared_memory import make_shared
+from tests.eventually import eventually
 
 MIB = 1 << 20
 
@@ -252,11 +256,13 @@ def test_cuda_sees_the_memory_as_pinned(make_pool):
 
 
 class FakeCudart:
-    def __init__(self, result: int = 0) -> None:
+    def __init__(self, result: int = 0, before: Callable[[int], object] = lambda _: None) -> None:
         self.result = result
+        self.before = before
         self.registered: dict[int, int] = {}
 
     def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:
+        self.before(nbytes)
         if not self.result:
             self.registered[pointer] = nbytes
         return self.result
@@ -292,3 +298,162 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(make_pool, monkeypatch, c
     assert "cannot pin 8 MiB" in caplog.text
     assert cleared == [True]
     pool.close()
+
+
+@pytest.fixture
+def pinned_pool(monkeypatch):
+    """Makes a pool, and the fake that it is pinned with."""
+    pools = []
+
+    def make(capacity: int, before: Callable[[int], object] = lambda _: None, **kwargs):
+        cudart = FakeCudart(before=before)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+        pools.append(SlabAllocator(capacity, pin_memory=True, **kwargs))
+        return pools[-1], cudart
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def test_nobody_but_who_lacks_memory_waits_for_pinning(pinned_pool):
+    """Giving back an object once waited for half a gigabyte to be pinned."""
+    begun, go_on = threading.Event(), threading.Event()
+    go_on.set()
+
+    def register(_: int) -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    pool, _ = pinned_pool(8 * MIB, register, slab_bytes=4 * MIB)
+    obj = pool.allocate(spec(MIB))
+    begun.clear()
+    go_on.clear()
+    others = [pool.allocate(spec(MIB)) for _ in range(3)]
+    waiting = threading.Thread(target=lambda: others.append(pool.allocate(spec(2 * MIB))))
+    waiting.start()
+    assert begun.wait(10)
+    obj.ref_down()
+    with pool.allocate(spec(MIB)):
+        assert pool.stats().reserved_bytes == 4 * MIB
+    go_on.set()
+    waiting.join(10)
+    assert pool.stats().reserved_bytes == 8 * MIB
+    for other in others:
+        other.ref_down()
+
+
+def test_pinned_memory_is_there_before_it_is_asked_for(pinned_pool):
+    pool, cudart = pinned_pool(64 * MIB, slab_bytes=2 * MIB)
+    objs = [pool.allocate(spec(MIB)) for _ in range(5)]
+    # An eighth of the capacity is free.
+    assert eventually(lambda: pool.stats().reserved_bytes == 14 * MIB)
+    objs += [pool.allocate(spec(MIB)) for _ in range(59)]
+    assert eventually(lambda: pool.stats().reserved_bytes == 64 * MIB)
+    assert None not in objs
+    assert pool.allocate(spec(1)) is None
+    assert sum(cudart.registered.values()) == 64 * MIB
+    for obj in objs:
+        obj.ref_down()
+
+
+def test_pinned_slabs_are_small_and_hold_whole_objects(pinned_pool):
+    pool, cudart = pinned_pool(1 << 30)
+    objs = [pool.allocate(spec(24 * MIB)) for _ in range(4)]
+    assert eventually(lambda: pool.stats().reserved_bytes >= 4 * 24 * MIB + (128 * MIB))
+    assert set(cudart.registered.values()) == {48 * MIB}
+    objs.append(pool.allocate(spec(100 * MIB)))
+    assert 100 * MIB in cudart.registered.values()
+    for obj in objs:
+        start = obj.padded_bytes.data_ptr()
+        assert any(at <= start and start + len(obj.padded_bytes) <= at + n for at, n in cudart.registered.items())
+        obj.ref_down()
+
+
+def test_an_empty_pinned_slab_makes_way_for_a_larger_one(pinned_pool):
+    pool, cudart = pinned_pool(8 * MIB, slab_bytes=2 * MIB)
+    for obj in [pool.allocate(spec(2 * MIB)) for _ in range(4)]:
+        obj.ref_down()
+    with pool.allocate(spec(6 * MIB)):
+        assert sum(cudart.registered.values()) <= 8 * MIB
+    assert pool.allocate(spec(8 * MIB + 1)) is None
+
+
+def test_closing_lets_waiters_go_and_leaves_none_pinned(pinned_pool):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def register(_: int) -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    pool, cudart = pinned_pool(8 * MIB, register)
+    given = []
+    waiting = threading.Thread(target=lambda: given.append(pool.allocate(spec(MIB))))
+    waiting.start()
+    assert begun.wait(10)
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    waiting.join(10)
+    assert given == [None]
+    go_on.set()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert cudart.registered == {}
+
+
+def test_who_waits_for_memory_is_told_what_went_wrong(pinned_pool):
+    failures = [RuntimeError("no CUDA")]
+
+    def register(_: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    pool, _ = pinned_pool(8 * MIB, register)
+    with pytest.raises(RuntimeError, match="no CUDA"):
+        pool.allocate(spec(MIB))
+    with pool.allocate(spec(MIB)) as obj:
+        assert pool.owns(obj)
+
+
+def test_many_threads_share_what_is_pinned(pinned_pool):
+    pool, _ = pinned_pool(32 * MIB, slab_bytes=2 * MIB)
+    given: list[object] = []
+    threads = [
+        threading.Thread(target=lambda: given.extend(pool.allocate(spec(MIB)) for _ in range(6))) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    held = [obj for obj in given if obj is not None]
+    assert (len(given), len(held)) == (36, 32)
+    assert len({obj.offset for obj in held}) == 32
+    for obj in held:
+        obj.ref_down()
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("old_kernel", [False, True])
+def test_pages_are_there_before_they_are_pinned(pinned_pool, monkeypatch, old_kernel):
+    """CUDA would clear them while no kernel can be launched."""
+    if old_kernel:
+        monkeypatch.setattr(slab, "_MADV_POPULATE_WRITE", 1 << 20)
+    grown: list[int] = []
+    pool, _ = pinned_pool(48 * MIB, lambda _: grown.append(resident_bytes() - before))
+    before = resident_bytes()
+    pool.allocate(spec(MIB)).ref_down()
+    assert grown[0] > 44 * MIB
+
+
+def test_shared_memory_keeps_its_bytes_when_it_is_faulted_in():
+    memory = make_shared(2 * MIB, huge_pages=False)
+    ours = slab.Slab(0, memory.nbytes, pin=False, descriptor=memory.descriptor)
+    ours.buffer[5] = 7
+    ours.fault_in()
+    assert int(ours.buffer[5]) == 7
+    ours.close()

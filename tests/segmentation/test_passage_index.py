@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache.segmentation.anchor_table import AnchorTable
-from lmcache.segmentation.anchors import DENSITY, WINDOW, anchors
+from lmcache.segmentation.anchors import DENSITY, WINDOW, anchors, anchors_of_each
+from lmcache.segmentation.new_chunk import NewChunk
 from lmcache.segmentation.passage_index import PassageIndex, PassageMatch
 
 CHUNK = 64
@@ -24,7 +25,7 @@ def add_prompt(index: PassageIndex, name: str, tokens: np.ndarray, chunk: int = 
     before = None
     for number in range(len(tokens) // chunk):
         key = (name, number)
-        index.add(key, tokens[number * chunk : (number + 1) * chunk], number * chunk, before)
+        index.add([NewChunk(key, tokens[number * chunk : (number + 1) * chunk], number * chunk, before)])
         before = key
 
 
@@ -105,8 +106,8 @@ def test_a_match_goes_on_in_the_chunk_that_fits_best():
     prompts = {name: np.concatenate([shared, text(CHUNK, 200 + number)]) for number, name in enumerate("abc")}
     for name, tokens in prompts.items():
         # The first chunk of all three is one chunk.
-        index.add("shared", shared, 0)
-        index.add((name, 1), tokens[CHUNK:], CHUNK, "shared")
+        index.add([NewChunk("shared", shared, 0)])
+        index.add([NewChunk((name, 1), tokens[CHUNK:], CHUNK, "shared")])
     tokens = prompts["b"][: CHUNK + 40]
     (match,) = index.find(tokens)
     assert [(piece.key, piece.start, piece.end) for piece in match.pieces] == [
@@ -188,6 +189,50 @@ def test_anchors_depend_on_their_window_alone(before, after, seed):
     assert all_hashes[inside].tolist() == hashes.tolist()
 
 
+rows_with_seams = st.tuples(st.integers(WINDOW, 200), st.lists(st.integers(-1, 210), max_size=4))
+
+
+@given(st.lists(rows_with_seams, min_size=1, max_size=6), st.integers(0, 1000))
+def test_the_anchors_of_many_rows_are_those_of_each(rows, seed):
+    # Of a small vocabulary, so that some have many.
+    texts = [text(length, seed + number, 2) for number, (length, _) in enumerate(rows)]
+    seams = [also for _, also in rows]
+    of, at, hashes = anchors_of_each(texts, seams)
+    for number, (tokens, also) in enumerate(zip(texts, seams, strict=True)):
+        alone_at, alone_hashes = anchors(tokens, also)
+        assert at[of == number].tolist() == alone_at.tolist()
+        assert hashes[of == number].tolist() == alone_hashes.tolist()
+
+
+@pytest.mark.parametrize("share", [0, 3])
+def test_chunks_that_are_noted_together_are_found_as_those_that_come_one_by_one(share):
+    tokens = text(150 * CHUNK, 0)
+    chunks = [
+        NewChunk(number, tokens[number * CHUNK : (number + 1) * CHUNK], number * CHUNK, number - 1 if number else None)
+        for number in range(150)
+    ]
+    single, together = PassageIndex(CHUNK), PassageIndex(CHUNK)
+    known = chunks[:: share or 1000]
+    for chunk in [*known, *chunks]:
+        single.add([chunk])
+    together.add(known)
+    assert together.add([*chunks, chunks[-1]]) == [chunk for chunk in chunks if chunk not in known]
+    prompt = np.concatenate([text(50, 1), tokens[100:5000], text(50, 2), tokens[6000:]])
+    assert together.find(prompt) == single.find(prompt)
+
+
+def test_a_text_that_is_all_anchors_finds_room():
+    vocabulary = next(
+        token for token in range(1000) if len(anchors(np.full(WINDOW, token, np.uint32))[0])
+    )  # every window of it is an anchor
+    tokens = np.full(64 * 256, vocabulary, np.uint32)
+    index: PassageIndex[int] = PassageIndex(256)
+    index.add([NewChunk(number, row, number * 256) for number, row in enumerate(tokens.reshape(64, 256))])
+    mixed = text(64 * 256, 3)
+    index.add([NewChunk(100 + number, row, number * 256) for number, row in enumerate(mixed.reshape(64, 256))])
+    assert [match.end - match.start for match in index.find(mixed[:256])] == [256]
+
+
 def test_about_one_window_in_so_many_is_an_anchor():
     at, hashes = anchors(text(200_000, 0))
     assert len(at) == pytest.approx(200_000 / DENSITY, rel=0.05)
@@ -205,7 +250,7 @@ def test_the_table_remembers_the_last_place_of_every_hash(calls):
     assert len(table) == len(model)
     known = np.array([*model, 12345 << 50], np.uint64)
     assert table.get(known).tolist() == [*model.values(), -1]
-    even = table.successor(lambda places: places % 2 == 0)
+    even = table.successor(lambda places: places % 2 == 0, 0)
     assert even.get(known).tolist() == [*(place if place % 2 == 0 else -1 for place in model.values()), -1]
 
 
@@ -213,7 +258,7 @@ def test_says_what_is_wrong():
     with pytest.raises(ValueError, match="chunk_size=31"):
         PassageIndex(31)
     with pytest.raises(ValueError, match="at most 64 tokens, got 65"):
-        PassageIndex(64).add("key", text(65, 0), 0)
+        PassageIndex(64).add([NewChunk("key", text(65, 0), 0)])
 
 
 def test_an_index_that_holds_little_takes_little_memory():

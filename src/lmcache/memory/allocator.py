@@ -15,6 +15,7 @@ from lmcache.memory.free_space import FreeSpace
 from lmcache.memory.memory_obj import KVSpec, MemoryObj
 from lmcache.memory.shared_memory import HUGE_PAGE, SharedMemorySource
 from lmcache.memory.slab import Slab
+from lmcache.memory.slab_growth import PINNED_SLAB_BYTES, SlabGrowth
 from lmcache.memory.window import cheapest_window
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,10 @@ GRANULE = 4096
 """Alignment and unit of size of every object: a page, and what O_DIRECT asks for."""
 
 DEFAULT_SLAB_BYTES = 512 << 20
-"""Pinning runs at about 2 GB/s, so a slab costs a quarter of a second once; smaller ones cut more objects off."""
+"""Smaller ones cut more objects off. Pinned ones are smaller all the same, and of a size that cuts none off."""
+
+_AHEAD_BYTES = 1 << 30
+_AHEAD_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class SlabAllocator:
     """Hands out :class:`MemoryObj` from at most ``capacity_bytes`` of host memory.
 
     Memory is reserved a slab at a time when the slabs so far have no hole that is large enough, and becomes resident
-    as it is written. An object lies inside one slab, is 4096-byte aligned, and padded to a multiple of 4096 bytes.
-    Thread-safe.
+    as it is written. Memory that is pinned is resident at once, and reserved ahead: as soon as there is any, a gigabyte
+    or an eighth of the capacity is free or being made, until the capacity is spent. An object lies inside one slab, is
+    4096-byte aligned, and padded to a multiple of 4096 bytes. Thread-safe.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class SlabAllocator:
     ) -> None:
         """Args:
         capacity_bytes: never exceeded; rounded down to whole pages, with ``shared`` to whole huge pages.
-        slab_bytes: unit of growth; an object that is larger gets a slab of its own size.
+        slab_bytes: unit of growth, of pinned memory at most; an object that is larger gets a slab of its own size.
         pin_memory: page-lock each slab with CUDA; None pins when CUDA is there.
         shared: makes memory that other processes can map; see :meth:`places_of`. Taken over.
 
@@ -80,6 +85,8 @@ class SlabAllocator:
         self._slabs: list[Slab] = []
         self._reserved = 0
         self._used = 0
+        self._largest = 1
+        self._growth: SlabGrowth | None = None
         self._live: dict[int, MemoryObj] = {}
         self._closed = False
         if shared is not None:
@@ -101,17 +108,16 @@ class SlabAllocator:
         with self._lock:
             if size > self._capacity or self._closed:
                 return None
-            start = self._space.take(size)
-            if start is None:
-                if not self._grow(size):
+            while (start := self._space.take(size)) is None:
+                if not self._grow(size) or self._closed:
                     return None
-                start = self._space.take(size)
-                assert start is not None
             slab = self._slab_of(start)
             begin = (start - slab.base) * GRANULE
             obj = MemoryObj(spec, slab.buffer[begin : begin + size * GRANULE], start, self._free, self._count_lock)
             self._live[start] = obj
             self._used += size
+            if self._growth is not None and self._lacks_room_ahead():
+                self._growth.wake()
             return obj
 
     def owns(self, obj: MemoryObj) -> bool:
@@ -179,9 +185,12 @@ class SlabAllocator:
         Objects that are still referenced are named in the log and stay valid: the last one to go unmaps.
         """
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+            was_closed, self._closed = self._closed, True
+        if self._growth is not None:
+            self._growth.close()
+        if was_closed:
+            return
+        with self._lock:
             if self._shared is not None:
                 self._shared.close()
             if self._live:
@@ -205,30 +214,55 @@ class SlabAllocator:
         return self._slabs[bisect.bisect_right(self._slabs, start, key=lambda slab: slab.base) - 1]
 
     def _grow(self, size: int) -> bool:
-        """Reserve a slab that holds ``size`` granules; False when the capacity does not allow it."""
-        if self._capacity - self._reserved < size:
+        """Reserve a slab, if that may make a hole of ``size`` granules; False when the capacity does not allow it."""
+        self._largest = max(self._largest, size)
+        is_coming = self._growth is not None and self._growth.coming_bytes > 0
+        if not is_coming and self._capacity - self._reserved < size:
             self._drop_empty_slabs(size)
-        if self._capacity - self._reserved < size:
-            return False
-        slab_size = max(self._next_slab_size(), self._whole_units(size))
-        # One granule of the address space stays unused between slabs: their free ranges must not merge.
-        last = self._slabs[-1] if self._slabs else None
-        base = _end(last) + 1 if last else 0
+            if self._capacity - self._reserved < size:
+                return False
         pin = torch.cuda.is_available() if self._pin is None else self._pin
-        nbytes = slab_size * GRANULE
+        if pin and self._shared is None:
+            if self._growth is None:
+                self._growth = SlabGrowth(self._lock, self._next_pinned_bytes, self._attach)
+            self._growth.wait(size * GRANULE)
+            return True
+        nbytes = max(self._next_slab_size(), self._whole_units(size)) * GRANULE
         if self._shared is None:
-            slab = Slab(base, nbytes, pin=pin)
-        else:
-            memory = self._shared.take(nbytes)
-            slab = Slab(base, nbytes, pin=pin, descriptor=memory.descriptor, huge=memory.huge)
-            if not (memory.huge or memory.late):
-                self._shared.tell_what_to_set(self.capacity_bytes, self._huge_bytes())
-        self._slabs.append(slab)
-        self._reserved += slab_size
-        self._space.give(base, slab_size)
-        if self._shared is not None and (following := self._next_slab_size()):
+            self._attach(Slab(0, nbytes, pin=False))
+            return True
+        memory = self._shared.take(nbytes)
+        self._attach(Slab(0, nbytes, pin=pin, descriptor=memory.descriptor, huge=memory.huge))
+        if not (memory.huge or memory.late):
+            self._shared.tell_what_to_set(self.capacity_bytes, self._huge_bytes())
+        if following := self._next_slab_size():
             self._shared.prepare(following * GRANULE)
         return True
+
+    def _attach(self, slab: Slab) -> None:
+        if self._closed:
+            slab.close()
+            return
+        # One granule of the address space stays unused between slabs: their free ranges must not merge.
+        slab.base = _end(self._slabs[-1]) + 1 if self._slabs else 0
+        self._slabs.append(slab)
+        self._reserved += slab.nbytes // GRANULE
+        self._space.give(slab.base, slab.nbytes // GRANULE)
+
+    def _next_pinned_bytes(self, waited_for: int) -> int:
+        """See :class:`SlabGrowth`."""
+        room = self._capacity - self._reserved
+        size = waited_for // GRANULE
+        if not room or (size > room if size else not self._lacks_room_ahead()):
+            return 0
+        # Nothing is cut off from slabs that are filled with objects of the same size, as most are.
+        size = max(size, self._largest)
+        slab_size = max(1, min(self._slab_size, PINNED_SLAB_BYTES // GRANULE) // size) * size
+        return (slab_size if room >= 2 * slab_size else room) * GRANULE
+
+    def _lacks_room_ahead(self) -> bool:
+        ahead = min(_AHEAD_BYTES // GRANULE, self._capacity // _AHEAD_SHARE)
+        return self._reserved - self._used < ahead and self._reserved < self._capacity
 
     def _huge_bytes(self) -> int:
         return sum(slab.nbytes for slab in self._slabs if slab.huge)

@@ -58,6 +58,12 @@ class UniformChunks:
                     range(chunk, min(chunk + chunks, len(self.objs))), range(layer, min(layer + step, layers.stop))
                 )
 
+    def whole_groups(self, layers: range, most_bytes: int) -> Iterator[ChunkGroup]:
+        """All of ``layers``, in groups of whole chunks, of at most ``most_bytes`` or one chunk."""
+        step = max(1, most_bytes // (len(layers) * self.layer_bytes))
+        for chunk in range(0, len(self.objs), step):
+            yield ChunkGroup(range(chunk, min(chunk + step, len(self.objs))), layers)
+
     def tokens_of(self, group: ChunkGroup) -> tuple[int, int]:
         """The first token of a group, counted from the first chunk's, and how many there are."""
         first = group.chunks.start * self.num_tokens

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from lmcache.memory.device_copy import can_copy_many, copy_many
+from lmcache.memory.device_copy import can_copy_many, copy_many, copy_many_to_host
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.memory.to_device import to_device
 from lmcache.paging.chunk_groups import ChunkGroup, UniformChunks
@@ -21,14 +21,18 @@ from lmcache.paging.token_connector import TokenConnector
 if TYPE_CHECKING:
     from lmcache.kernels.chunk_copy import PageAddresses
 
-_DEPTH = 3
+_LOAD_DEPTH = 3
+# While one is copied the next is filled, which takes a twentieth of the time.
+_SAVE_DEPTH = 2
 # Of a staging buffer for loads: what few calls on the host bring, and still little of the GPU's memory.
 _GROUP_BYTES = 64 << 20
+# Of one for saves: their calls take the interpreter away from the engine, a few for each group.
+_SAVE_BYTES = 64 << 20
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class _Buffer:
-    """Room for a chunk on the device; ``free`` is the event of whoever used it last."""
+    """Room for some chunks on the device; ``free`` is the event of whoever used it last."""
 
     def __init__(self) -> None:
         self.bytes = torch.empty(0, dtype=torch.uint8)
@@ -38,10 +42,10 @@ class _Buffer:
 class _Ring:
     """The buffers of one direction, and the stream of its copies over the bus. One call at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, depth: int) -> None:
         self.device = device
         self.lock = threading.Lock()
-        self._buffers = [_Buffer() for _ in range(_DEPTH)]
+        self._buffers = [_Buffer() for _ in range(depth)]
         self._next = 0
 
     @cached_property
@@ -51,7 +55,7 @@ class _Ring:
     def take(self, nbytes: int) -> _Buffer:
         """The next buffer. Work on it must wait for its ``free``."""
         buffer = self._buffers[self._next]
-        self._next = (self._next + 1) % _DEPTH
+        self._next = (self._next + 1) % len(self._buffers)
         if len(buffer.bytes) < nbytes:
             buffer.bytes = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             buffer.free = None
@@ -71,7 +75,7 @@ class StagedConnector(TokenConnector):
 
     def __init__(self, kv_layout: KVLayout, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__(kv_layout, tensors)
-        self._in, self._out = _Ring(self._device), _Ring(self._device)
+        self._in, self._out = _Ring(self._device, _LOAD_DEPTH), _Ring(self._device, _SAVE_DEPTH)
         views = [kv_layout.plane_views(tensors, layer) for layer in self._all_layers]
         self._views = views  # what the kernels' addresses point at
         itemsize = kv_layout.dtype.itemsize
@@ -129,8 +133,11 @@ class StagedConnector(TokenConnector):
             if to_pages:
                 self._load(ring, layers, objs, ranges, at, len(slots))
                 return
-            for obj, (start, end) in zip(objs, ranges, strict=True):
-                self._save_chunk(ring, layers, obj, at[start:], len(slots), bool((slots[start:end] < 0).any()))
+            holes = int(slots.min()) < 0
+            current = self._current()
+            for chunks, start in self._alike(objs, ranges):
+                for group in chunks.whole_groups(layers, _SAVE_BYTES):
+                    self._save_group(ring, current, chunks, group, at[start:], len(slots), holes)
             if ring.stream is not None:
                 ring.stream.synchronize()
 
@@ -143,12 +150,19 @@ class StagedConnector(TokenConnector):
         offsets: torch.Tensor,
         total_tokens: int,
     ) -> None:
+        for chunks, start in self._alike(objs, ranges):
+            for group in chunks.groups(layers, _GROUP_BYTES):
+                self._load_group(ring, chunks, group, offsets[start:], total_tokens)
+
+    def _alike(
+        self, objs: Sequence[MemoryObj], ranges: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[UniformChunks, int]]:
+        """What can be moved together, and the first token of each."""
         token_bytes = len(self.kv_layout.planes) * self._row_bytes
         together = UniformChunks.of(objs, ranges, token_bytes)
         alike = [together] if together is not None else [UniformChunks([obj], token_bytes) for obj in objs]
         for chunks, (start, _) in zip(alike, ranges, strict=False):
-            for group in chunks.groups(layers, _GROUP_BYTES):
-                self._load_group(ring, chunks, group, offsets[start:], total_tokens)
+            yield chunks, start
 
     def _load_group(
         self, ring: _Ring, chunks: UniformChunks, group: ChunkGroup, offsets: torch.Tensor, total_tokens: int
@@ -168,32 +182,46 @@ class StagedConnector(TokenConnector):
         arrived, current = _event(ring.stream), self._current()
         _after(arrived, current)
         first, num_tokens = chunks.tokens_of(group)
-        planes = len(self.kv_layout.planes)
-        staged = there.view(self._pages.word).view(len(group.chunks), len(group.layers), planes, chunks.num_tokens, -1)
+        staged = self._staged(there, chunks, group)
         copy_chunks(staged, self._pages, offsets[first:], num_tokens, total_tokens, group.layers, to_pages=True)
         buffer.free = _event(current)
 
-    def _save_chunk(
-        self, ring: _Ring, layers: range, obj: MemoryObj, offsets: torch.Tensor, total_tokens: int, holes: bool
+    def _save_group(
+        self,
+        ring: _Ring,
+        current: torch.cuda.Stream | None,
+        chunks: UniformChunks,
+        group: ChunkGroup,
+        offsets: torch.Tensor,
+        total_tokens: int,
+        holes: bool,
     ) -> None:
         from lmcache.kernels.chunk_copy import copy_chunks
 
-        planes, num_tokens = len(self.kv_layout.planes), obj.spec.num_tokens
-        layer_bytes = planes * num_tokens * self._row_bytes
-        kept = obj.bytes[layers.start * layer_bytes : layers.stop * layer_bytes]
-        buffer = ring.take(len(kept))
-        there = buffer.bytes[: len(kept)]
-        staged = there.view(self._pages.word).view(1, len(layers), planes, num_tokens, -1)
-        current = self._current()
+        room = len(group.layers) * chunks.layer_bytes
+        buffer = ring.take(len(group.chunks) * room)
+        there = buffer.bytes[: len(group.chunks) * room]
         _after(buffer.free, current)
         if holes:  # what has no slot keeps its place in the chunk as it was
-            there.copy_(kept)
-        copy_chunks(staged, self._pages, offsets, num_tokens, total_tokens, layers, to_pages=False)
-        gathered = _event(current)
-        with _on(ring.stream):
-            _after(gathered, ring.stream)
-            kept.copy_(there, non_blocking=True)
-            buffer.free = _event(ring.stream)
+            for share, kept in zip(there.view(-1, room), chunks.shares(group), strict=True):
+                share[: len(kept)].copy_(kept)
+        first, num_tokens = chunks.tokens_of(group)
+        staged = self._staged(there, chunks, group)
+        copy_chunks(staged, self._pages, offsets[first:], num_tokens, total_tokens, group.layers, to_pages=False)
+        _after(_event(current), ring.stream)
+        if ring.stream is not None and can_copy_many(self._device):
+            device, host, sizes = chunks.addresses(group, there.data_ptr())
+            copy_many_to_host(host, device, sizes, ring.stream)
+        else:
+            with _on(ring.stream):
+                for share, kept in zip(there.view(-1, room), chunks.shares(group), strict=True):
+                    kept.copy_(share[: len(kept)], non_blocking=True)
+        buffer.free = _event(ring.stream)
+
+    def _staged(self, there: torch.Tensor, chunks: UniformChunks, group: ChunkGroup) -> torch.Tensor:
+        """``there`` as :func:`~lmcache.kernels.chunk_copy.copy_chunks` wants it."""
+        planes = len(self.kv_layout.planes)
+        return there.view(self._pages.word).view(len(group.chunks), len(group.layers), planes, chunks.num_tokens, -1)
 
     def _offsets(self, slots: torch.Tensor) -> torch.Tensor:
         """int64 ``[planes, T]`` on the device: words from a plane's base to each token, −1 without a slot."""

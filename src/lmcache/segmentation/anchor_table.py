@@ -35,13 +35,14 @@ class AnchorTable:
         """Whether ``more`` anchors would make it slow."""
         return self._used + more > _MAX_LOAD * self.capacity
 
-    def successor(self, wanted: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.bool_]]) -> AnchorTable:
-        """A table with room, with those entries whose places are ``wanted``."""
+    def successor(self, wanted: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.bool_]], more: int) -> AnchorTable:
+        """A table with room, also for ``more`` anchors, with those entries whose places are ``wanted``."""
         used = self._places >= 0
         hashes, places = self._hashes[used], self._places[used]
         keep = wanted(places)
         capacity = self.capacity
-        while keep.sum() > _MAX_LOAD / 2 * capacity:
+        kept = int(keep.sum())
+        while kept > _MAX_LOAD / 2 * capacity or kept + more > _MAX_LOAD * capacity:
             capacity *= 2
         table = AnchorTable(capacity)
         table.put(hashes[keep], places[keep])

@@ -7,7 +7,7 @@ nothing but these tokens, so a passage has the same anchors in every prompt, how
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +34,44 @@ def anchors(
     count = len(tokens) - WINDOW + 1
     if count < 1:
         return np.empty(0, np.int64), np.empty(0, np.uint64)
+    hashes, chosen = _windows(tokens)
+    if also:
+        chosen[[place for place in also if 0 <= place < count]] = True
+    starts = np.flatnonzero(chosen)
+    return starts, hashes[starts]
+
+
+def anchors_of_each(
+    rows: Sequence[npt.NDArray[np.uint32]], also: Sequence[Collection[int]]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    """:func:`anchors` of each of ``rows``, all at once: which row, where in it, and the hash; in that order.
+
+    Args:
+        rows: at least one, each of at least :data:`WINDOW` tokens.
+        also: of each row.
+    """
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    hashes, chosen = _windows(np.concatenate(rows))
+    # A window of two rows is none of either.
+    chosen[(begins[1:, None] - np.arange(1, WINDOW)).ravel()] = False
+    chosen[
+        [
+            begin + place
+            for begin, length, places in zip(begins.tolist(), lengths.tolist(), also, strict=True)
+            for place in places
+            if 0 <= place <= length - WINDOW
+        ]
+    ] = True
+    starts = np.flatnonzero(chosen)
+    of = np.searchsorted(ends, starts, side="right")
+    return of, starts - begins[of], hashes[starts]
+
+
+def _windows(tokens: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """The hash of each window of ``tokens``, and whether that makes it an anchor."""
+    count = len(tokens) - WINDOW + 1
     powers, inverses = _powers(_rounded_up(len(tokens)))
     # sums[i] = Σ_{j<i} (t_j + 1)·B^j, so a window's share of it, shifted back by B^-i, depends on its tokens alone.
     # In place throughout: memory that the system must clear first takes longer than the sums.
@@ -52,11 +90,7 @@ def anchors(
     np.right_shift(hashes, _HALF, out=halves)
     hashes ^= halves
     np.bitwise_and(hashes, np.uint64(DENSITY - 1), out=halves)
-    chosen = halves == 0
-    if also:
-        chosen[[place for place in also if 0 <= place < count]] = True
-    starts = np.flatnonzero(chosen)
-    return starts, hashes[starts]
+    return hashes, halves == 0
 
 
 def _rounded_up(length: int) -> int:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from lmcache.keys import CacheKey
 from lmcache.observability.logging import init_logger, log_limited
 from lmcache.segmentation.anchors import WINDOW
+from lmcache.segmentation.new_chunk import NewChunk
 from lmcache.segmentation.passage_catalog import PassageCatalog
 from lmcache.segmentation.passage_index import PassageIndex, PassageMatch, Piece, run_length
 from lmcache.segmentation.passage_row import PassageRow
@@ -21,6 +22,7 @@ from lmcache.segmentation.passage_row import PassageRow
 logger = init_logger(__name__)
 
 _MIN_SWEEP = 1024
+_LOADED_AT_ONCE = 64
 
 
 class KnownChunk(NamedTuple):
@@ -89,18 +91,18 @@ class KnownPassages:
             # a start, and a seam too close to the end of its chunk for a window is found by the start of the next.
             row = PassageRow(chunk.key, chunk.tokens, chunk.start, before, tuple(sorted(inside | {0})))
             rows.append(row)
-            if self._note(row) and self._catalog is not None:
-                self._catalog.put(row)
             before = chunk.key
+        noted = self._note(rows)
+        if self._catalog is not None:
+            for row in noted:
+                self._catalog.put(row)
         if rows and self.publish is not None:
             self.publish(rows)
         self._sweep_if_due()
 
     def learn(self, rows: Iterable[PassageRow]) -> None:
         """Note chunks that others have published. A row that cannot be ours (its chunk is too long) is left out."""
-        for row in rows:
-            if len(row.tokens) <= self._index.chunk_size and row.start >= 0:
-                self._note(row)
+        self._note([row for row in rows if len(row.tokens) <= self._index.chunk_size and row.start >= 0])
         self._sweep_if_due()
 
     def find(
@@ -137,14 +139,19 @@ class KnownPassages:
             self._loading.join()
             self._catalog.close()
 
-    def _note(self, row: PassageRow) -> bool:
-        """Whether it is new."""
-        if row.key in self._index or len(row.tokens) < WINDOW:
-            return False
+    def _note(self, rows: Sequence[PassageRow]) -> list[PassageRow]:
+        """Those that are new."""
+        noted = self._index.add(
+            [
+                NewChunk(row.key, row.tokens, row.start, row.before, row.key.namespace_id, row.seams)
+                for row in rows
+                if row.key not in self._index and len(row.tokens) >= WINDOW
+            ]
+        )
         with self._lock:
-            self._added += 1
-        self._index.add(row.key, row.tokens, row.start, row.before, namespace=row.key.namespace_id, seams=row.seams)
-        return True
+            self._added += len(noted)
+        keys = {chunk.key for chunk in noted}
+        return [row for row in rows if row.key in keys]
 
     def _discard(self, key: CacheKey) -> None:
         self._index.discard(key)
@@ -185,14 +192,21 @@ class KnownPassages:
 
     def _load(self) -> None:
         assert self._catalog is not None
+        living: list[PassageRow] = []
         try:
-            for row in self._catalog.rows():
-                if self._closed:
-                    return
-                if self._alive(row.key):
-                    self._note(row)
-                else:
-                    self._catalog.remove(row.key)
+            try:
+                for row in self._catalog.rows():
+                    if self._closed:
+                        return
+                    if not self._alive(row.key):
+                        self._catalog.remove(row.key)
+                        continue
+                    living.append(row)
+                    if len(living) == _LOADED_AT_ONCE:
+                        self._note(living)
+                        living = []
+            finally:  # also what was read before a failure
+                self._note(living)
         except Exception as error:
             log_limited(
                 logger, logging.ERROR, "passages:load", "passages of an earlier run are not found again: %r", error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -13,13 +14,16 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from lmcache.segmentation.anchor_table import AnchorTable
-from lmcache.segmentation.anchors import WINDOW, anchors
+from lmcache.segmentation.anchors import WINDOW, anchors, anchors_of_each
+from lmcache.segmentation.new_chunk import NewChunk
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 _BLOCK_CHUNKS = 256
 # A chunk that many others followed (the end of a system prompt, say) is not worth trying all: those have anchors too.
 _MAX_CHILDREN = 16
+# Of chunks: for a millisecond at most nobody can look anything up.
+_MOST_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -105,63 +109,54 @@ class PassageIndex(Generic[KeyT]):
         with self._lock:
             return list(self._ids)
 
-    def add(
-        self,
-        key: KeyT,
-        tokens: npt.NDArray[np.uint32],
-        start: int,
-        before: KeyT | None = None,
-        *,
-        namespace: bytes = b"",
-        seams: Collection[int] = (),
-    ) -> None:
-        """Note a chunk. One that is there already stays as it is; one too short for a window is not noted.
+    def add(self, chunks: Sequence[NewChunk[KeyT]]) -> list[NewChunk[KeyT]]:
+        """Note ``chunks``, one after the other; returns those that were not there. One too short for a window is not
+        noted.
 
-        Args:
-            tokens: at most ``chunk_size`` token ids; fewer where a prompt ends.
-            start: position of the first in its prompt.
-            before: key of the chunk that stood before it there.
-            namespace: what keeps it apart from others.
-            seams: counted from its first token.
+        Raises:
+            ValueError: a chunk has more than ``chunk_size`` tokens.
         """
-        if len(tokens) > self.chunk_size:
-            raise ValueError(f"a chunk has at most {self.chunk_size} tokens, got {len(tokens)}")
-        if len(tokens) < WINDOW or key in self._ids:
-            return
-        at, hashes = anchors(tokens, seams)
-        hashes ^= _salt(namespace)
+        for chunk in chunks:
+            if len(chunk.tokens) > self.chunk_size:
+                raise ValueError(f"a chunk has at most {self.chunk_size} tokens, got {len(chunk.tokens)}")
+        new = [chunk for chunk in chunks if len(chunk.tokens) >= WINDOW and chunk.key not in self._ids]
+        noted: list[NewChunk[KeyT]] = []
+        for first in range(0, len(new), _MOST_AT_ONCE):
+            noted += self._add(new[first : first + _MOST_AT_ONCE])
+        return noted
+
+    def _add(self, chunks: Sequence[NewChunk[KeyT]]) -> list[NewChunk[KeyT]]:
+        # All at once: numpy takes as long to begin as for the anchors of a chunk.
+        of, at, hashes = anchors_of_each([chunk.tokens for chunk in chunks], [chunk.seams for chunk in chunks])
+        hashes ^= np.fromiter((_salt(chunk.namespace) for chunk in chunks), np.uint64, len(chunks))[of]
         # Growing takes seconds when there are millions; only other writers wait for that.
         with self._writing:
             if self._table.full(len(at)):
-                self._table = self._table.successor(lambda places: self._alive()[places // self.chunk_size])
-            self._add(key, tokens, start, before, namespace, at, hashes)
+                self._table = self._table.successor(lambda places: self._alive()[places // self.chunk_size], len(at))
+            with self._lock:
+                ids = [-1 if chunk.key in self._ids else self._note(chunk) for chunk in chunks]
+                places = np.array(ids, np.int64)[of] * self.chunk_size + at
+                if min(ids) < 0:  # another thread was quicker, or one was named twice
+                    hashes, places = hashes[places >= 0], places[places >= 0]
+                self._table.put(hashes, places)
+        return [chunk for chunk, number in zip(chunks, ids, strict=True) if number >= 0]
 
-    def _add(
-        self,
-        key: KeyT,
-        tokens: npt.NDArray[np.uint32],
-        start: int,
-        before: KeyT | None,
-        namespace: bytes,
-        at: npt.NDArray[np.int64],
-        hashes: npt.NDArray[np.uint64],
-    ) -> None:
-        with self._lock:
-            if key in self._ids:
-                return
-            chunk = self._new_id()
-            self._ids[key] = chunk
-            self._keys[chunk], self._starts[chunk], self._lengths[chunk] = key, start, len(tokens)
-            self._block(chunk)[: len(tokens)] = tokens
-            parent = self._ids.get(before, -1) if before is not None else -1
-            if parent >= 0 and self._namespaces[parent] != namespace:
-                parent = -1
-            self._before[chunk] = parent
-            if parent >= 0:
-                self._behind[parent].append(chunk)
-                namespace = self._namespaces[parent]  # one object for all chunks of a prompt
-            self._namespaces[chunk] = namespace
-            self._table.put(hashes, chunk * self.chunk_size + at)
+    def _note(self, chunk: NewChunk[KeyT]) -> int:
+        """The chunk without its anchors; its number."""
+        before, namespace = chunk.before, chunk.namespace
+        number, length = self._new_id(), len(chunk.tokens)
+        self._ids[chunk.key] = number
+        self._keys[number], self._starts[number], self._lengths[number] = chunk.key, chunk.start, length
+        self._block(number)[:length] = chunk.tokens
+        parent = self._ids.get(before, -1) if before is not None else -1
+        if parent >= 0 and self._namespaces[parent] != namespace:
+            parent = -1
+        self._before[number] = parent
+        if parent >= 0:
+            self._behind[parent].append(number)
+            namespace = self._namespaces[parent]  # one object for all chunks of a prompt
+        self._namespaces[number] = namespace
+        return number
 
     def discard(self, key: KeyT) -> None:
         """Forget a chunk; unknown ones are ignored."""
@@ -304,6 +299,7 @@ def run_length(match: PassageMatch[KeyT], exact_tokens: int) -> int:
     return match.end - match.start + (exact_tokens if continues else 0)
 
 
+@lru_cache(maxsize=256)
 def _salt(namespace: bytes) -> np.uint64:
     """Keeps the anchors of namespaces apart, so that the common texts of many tenants do not crowd each other out."""
     salt: np.uint64 = np.uint64(int.from_bytes(blake3(namespace).digest(8), "little") if namespace else 0)

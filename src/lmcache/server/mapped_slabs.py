@@ -65,4 +65,5 @@ class MappedSlabs:
         # Takes seconds; until it is done copies are slower, and as right as ever.
         with self._pinning:
             if not self._closed:
+                slab.fault_in()
                 slab.pin()
