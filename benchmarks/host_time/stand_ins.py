@@ -81,7 +81,6 @@ def install() -> FirstCopies:
         (staged_layers, "copy_many", partial(first.queue, "passages")),
         (staged_connector, "can_copy_many", lambda _: True),
         (staged_connector, "copy_many", partial(first.queue, "prefix")),
-        (staged_connector, "copy_many_to_host", _nothing),
         (staged_connector, "_GROUP_BYTES", (64 << 20) // _SMALLER),
         (staged_connector, "_SAVE_BYTES", (64 << 20) // _SMALLER),
         (blender, "can_blend_in_pages", lambda *_: True),

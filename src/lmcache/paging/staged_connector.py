@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lmcache.memory.device_copy import can_copy_many, copy_many, copy_many_to_host
+from lmcache.memory.device_copy import can_copy_many, copy_many
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.memory.to_device import to_device
 from lmcache.paging.chunk_groups import ChunkGroup, UniformChunks
@@ -209,13 +209,9 @@ class StagedConnector(TokenConnector):
         staged = self._staged(there, chunks, group)
         copy_chunks(staged, self._pages, offsets[first:], num_tokens, total_tokens, group.layers, to_pages=False)
         _after(_event(current), ring.stream)
-        if ring.stream is not None and can_copy_many(self._device):
-            device, host, sizes = chunks.addresses(group, there.data_ptr())
-            copy_many_to_host(host, device, sizes, ring.stream)
-        else:
-            with _on(ring.stream):
-                for share, kept in zip(there.view(-1, room), chunks.shares(group), strict=True):
-                    kept.copy_(share[: len(kept)], non_blocking=True)
+        with _on(ring.stream):
+            for share, kept in zip(there.view(-1, room), chunks.shares(group), strict=True):
+                kept.copy_(share[: len(kept)], non_blocking=True)
         buffer.free = _event(ring.stream)
 
     def _staged(self, there: torch.Tensor, chunks: UniformChunks, group: ChunkGroup) -> torch.Tensor:
