@@ -118,7 +118,7 @@ def faults(mode: str) -> dict[str, Any]:
         (engine, "take_events"),
         (engine, "clear"),
         (engine.storage, "find"),
-        (engine.storage, "acquire"),
+        (engine.storage, "acquire_leading"),
         (engine.gpu_connector, "batched_to_gpu"),
         (engine.gpu_connector, "batched_from_gpu"),
         (world.connector._cache, "load"),

@@ -82,7 +82,7 @@ def test_an_exception_of_ours_never_reaches_sglang(mode: str) -> None:
     for name, one in answer["answers"].items():
         assert one["wrong"] == 0, name
     assert answer["answers"]["healed"]["loaded"] == 96
-    lost = {"prefix_keys", "acquire", "batched_to_gpu", "retrieve", "load", "agree"}
+    lost = {"prefix_keys", "acquire_leading", "batched_to_gpu", "retrieve", "load", "agree"}
     for name in lost | ({"prefetch"} if mode == "MP" else {"find"}):
         assert answer["answers"][name]["loaded"] == 0, name
         assert answer["answers"][name]["failures"] > 0, name

@@ -148,7 +148,7 @@ def faults(_: str) -> dict[str, Any]:
     keys, indices = ["a", "b"], torch.arange(8)
     assert all(storage.batch_set_v1(keys, indices))
     answers = {}
-    for name in ("find", "acquire", "renew", "allocate", "put", "clear"):
+    for name in ("find", "acquire_leading", "renew", "allocate", "put", "clear"):
         setattr(storage._storage, name, _fail)
         answers[name] = [
             storage.exists("a"), storage.batch_exists(keys), any(storage.batch_get_v1(keys, indices)),

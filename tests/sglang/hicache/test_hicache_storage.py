@@ -41,7 +41,7 @@ def test_other_models_shards_and_arrangements_stay_apart(tmp_path: Path) -> None
 def test_no_fault_reaches_sglang() -> None:
     answer = run("faults")
     assert answer["answers"]["find"][:2] == [False, 0]
-    assert answer["answers"]["acquire"][2] is False
+    assert answer["answers"]["acquire_leading"][2] is False
     assert answer["answers"]["allocate"][3] is False
     assert answer["wrong"] == [None, None, False, False]
     assert answer["failures"] > 5
