@@ -91,6 +91,7 @@ def test_a_blend_that_fails_anywhere_is_answered_from_full_prefill() -> None:
     assert found["metrics"]['lmcache_blend_fallbacks_total{reason="error"}'] >= 5
 
 
+@pytest.mark.timeout(900)  # six minutes on a quiet machine
 def test_300_random_requests() -> None:
     """Blended, plain and aborted, with preemption: the plain ones get what they get of a vLLM without us."""
     without = run("storm", module=MODULE, blending=False, count=300)
