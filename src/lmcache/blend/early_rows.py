@@ -15,7 +15,7 @@ class EarlyRows:
     A corrector has moved the others by them already. It is to do so once more by the rows of ``piece``, and is given
     the early ones too: where they stand nothing is left to move, so what later rows show beyond that counts only around
     these. The later ones alone, outliers for the most part, would move a whole passage that a fair sample has put right
-    (docs/cacheblend.md, "What was tried").
+    (docs/cacheblend.md, "In two steps").
 
     Attributes:
         rows: int64 ``[n]``, on the CPU, ascending: those of the piece and the early ones.

@@ -60,8 +60,10 @@ class LayerReplays:
         cls, recorder: WorkRecorder, planes: Sequence[Planes], rows: KVRows, scales: torch.Tensor | None = None
     ) -> LayerReplays | None:
         """``rows`` are in ``planes[0]``. None where layers do not lie alike, so that one distance does not tell."""
-        distances = [_distance(planes[0], layer, rows.alignment) for layer in planes]
-        found = [distance for distance in distances if distance is not None]
+        from lmcache.kernels.kv_rows import distance
+
+        distances = [distance(rows, rows.at(*layer)) for layer in planes]
+        found = [apart for apart in distances if apart is not None]
         recorder.forget()  # what the blend before has recorded
         return cls(recorder, found, rows, scales) if len(found) == len(distances) else None
 
@@ -99,12 +101,3 @@ class LayerReplays:
 
         recording = self._recorder.record(on_view)
         return None if recording is None else _Recorded(recording, views)
-
-
-def _distance(first: Planes, layer: Planes, alignment: int) -> int | None:
-    """In elements; None where it is not the same for K and V, or no multiple of ``alignment``."""
-    apart = {there.data_ptr() - here.data_ptr() for here, there in zip(first, layer, strict=True)}
-    nbytes = apart.pop()
-    if apart or nbytes % (alignment * first[0].element_size()):
-        return None
-    return nbytes // first[0].element_size()
