@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lmcache.metadata import TOKEN_MAJOR
 from lmcache.paging import staged_connector
+from lmcache.paging.layout import KVLayout
 from lmcache.paging.staged_connector import StagedConnector
 from lmcache.paging.token_connector import TokenConnector
 from tests.kernels.needs_triton import DEVICE, require
@@ -34,6 +36,17 @@ class TestStagedConnector(ConnectorConformance):
 
     def test_chunks_are_token_major(self, world: World) -> None:
         assert self.connect(world).layout == TOKEN_MAJOR
+
+
+class BackgroundSaves(StagedConnector):
+    def __init__(self, kv_layout: KVLayout, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(kv_layout, tensors, background_saves=True)
+
+
+class TestBackgroundSaves(ConnectorConformance):
+    connector_class = BackgroundSaves
+    worlds = LAYOUTS
+    sizes = SIZES
 
 
 def test_what_does_not_lie_head_by_head_is_refused() -> None:
@@ -65,7 +78,8 @@ def test_every_byte_is_where_the_connector_of_single_tokens_puts_it(
         st.sampled_from([[(0, 4), (4, 11)], [(0, 4), (4, 8), (8, 11)], [(1, 6), (6, 11)], [(2, 4), (6, 8)]])
     )
     group_bytes = data.draw(st.sampled_from([1, 300, 2000, 1 << 20]))
-    connectors = [kind(world.layout, world.tensors) for kind in (TokenConnector, StagedConnector)]
+    staged = data.draw(st.sampled_from([StagedConnector, BackgroundSaves]))
+    connectors = [kind(world.layout, world.tensors) for kind in (TokenConnector, staged)]
     chunks = [new_chunk(connectors[0].spec(end - start)) for start, end in ranges]
     copies = [new_chunk(connectors[0].spec(end - start)) for start, end in ranges]
     for chunk, copy in zip(chunks, copies, strict=True):

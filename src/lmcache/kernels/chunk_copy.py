@@ -33,6 +33,47 @@ class PageAddresses:
     alignment: int
 
 
+@triton.jit
+def move_tokens(
+    dense,
+    in_chunk,
+    block,
+    staged_layer,
+    BASES,
+    base,
+    OFFSETS,
+    first_offset,
+    head_stride,
+    plane,
+    PLANES: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TO_PAGES: tl.constexpr,
+):
+    """Up to ``TOKENS`` tokens of one plane of one layer, between the ``in_chunk`` tokens at ``dense`` and the pages."""
+    r = block * TOKENS * BLOCK_H + tl.arange(0, TOKENS * BLOCK_H)
+    t = r // BLOCK_H
+    h = r % BLOCK_H
+    inside = (t < in_chunk) & (h < HEADS)
+    at = tl.load(OFFSETS + first_offset + t, mask=inside, other=-1)
+    moves = inside & (at >= 0)
+    at = tl.multiple_of(at, ALIGN)
+    w = tl.arange(0, BLOCK_W)
+    mask = moves[:, None] & (w < WORDS)[None, :]
+    pages = tl.multiple_of(tl.load(BASES + base), 16).to(dense.dtype)
+    in_pages = (pages + at + h * head_stride)[:, None] + w[None, :]
+    row = ((staged_layer * PLANES + plane).to(tl.int64) * in_chunk + t) * (HEADS * WORDS) + h * WORDS
+    in_dense = (dense + row)[:, None] + w[None, :]
+    if TO_PAGES:
+        tl.store(in_pages, tl.load(in_dense, mask=mask, other=0), mask=mask)
+    else:
+        tl.store(in_dense, tl.load(in_pages, mask=mask, other=0), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "chunk_tokens", "first_layer", "total_tokens"])
 def _copy_kernel(
     STAGED,
@@ -55,26 +96,27 @@ def _copy_kernel(
 ):
     layer = tl.program_id(1)
     first_token = tl.program_id(2) * chunk_tokens
-    in_chunk = tl.minimum(chunk_tokens, num_tokens - first_token)
     chunk_words = tl.num_programs(1).to(tl.int64) * PLANES * chunk_tokens * (HEADS * WORDS)
-    r = tl.program_id(0) * TOKENS * BLOCK_H + tl.arange(0, TOKENS * BLOCK_H)
-    t = r // BLOCK_H
-    h = r % BLOCK_H
-    inside = (t < in_chunk) & (h < HEADS)
-    at = tl.load(OFFSETS + plane * total_tokens + first_token + t, mask=inside, other=-1)
-    moves = inside & (at >= 0)
-    at = tl.multiple_of(at, ALIGN)
-    w = tl.arange(0, BLOCK_W)
-    mask = moves[:, None] & (w < WORDS)[None, :]
-    base = tl.load(BASES + (first_layer + layer) * PLANES + plane)
-    pages = tl.multiple_of(base, 16).to(tl.pointer_type(STAGED.dtype.element_ty))
-    in_pages = (pages + at + h * head_stride)[:, None] + w[None, :]
-    dense = ((layer * PLANES + plane).to(tl.int64) * in_chunk + t) * (HEADS * WORDS) + h * WORDS
-    in_staged = (STAGED + tl.program_id(2) * chunk_words + dense)[:, None] + w[None, :]
-    if TO_PAGES:
-        tl.store(in_pages, tl.load(in_staged, mask=mask, other=0), mask=mask)
-    else:
-        tl.store(in_staged, tl.load(in_pages, mask=mask, other=0), mask=mask)
+    move_tokens(
+        STAGED + tl.program_id(2) * chunk_words,
+        tl.minimum(chunk_tokens, num_tokens - first_token),
+        tl.program_id(0),
+        layer,
+        BASES,
+        (first_layer + layer) * PLANES + plane,
+        OFFSETS,
+        plane * total_tokens + first_token,
+        head_stride,
+        plane,
+        PLANES,
+        HEADS,
+        BLOCK_H,
+        WORDS,
+        BLOCK_W,
+        ALIGN,
+        TOKENS,
+        TO_PAGES,
+    )
 
 
 def copy_chunks(

@@ -25,6 +25,7 @@ Addresses: TypeAlias = npt.NDArray[np.uint64]
 
 _HOST_TO_DEVICE = 1
 _IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream
+_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM = 91
 _BATCHES_SINCE, _NO_FAILED_INDEX_SINCE = 12080, 13000
 
 
@@ -51,6 +52,7 @@ class _Runtime:
     def __init__(self, library: Any) -> None:
         self._copy = library.cudaMemcpyAsync
         self._copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+        self._attribute = library.cudaDeviceGetAttribute
         version = ctypes.c_int()
         library.cudaRuntimeGetVersion(ctypes.byref(version))
         self._batch: Callable[..., int] | None = None
@@ -59,6 +61,14 @@ class _Runtime:
         self._tells_failed_index = version.value < _NO_FAILED_INDEX_SINCE
         self._attributes = (_Attributes * 1)(_Attributes(_IN_STREAM_ORDER))
         self._attribute_index = (ctypes.c_size_t * 1)(0)
+
+    def has(self, attribute: int, device: int) -> bool:
+        """Whether a device says yes to ``attribute``."""
+        value = ctypes.c_int()
+        error = self._attribute(ctypes.byref(value), attribute, device)
+        if error:
+            forget_cuda_error()
+        return not error and value.value != 0
 
     def copy(self, to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
         if self._batch is not None:
@@ -95,6 +105,14 @@ def _runtime() -> _Runtime | None:
 
 def can_copy_many(device: torch.device) -> bool:
     return device.type == "cuda" and _runtime() is not None
+
+
+@cache
+def kernels_reach_pinned(device: torch.device) -> bool:
+    """Whether kernels on a CUDA device can write to pinned host memory, by the address that it has on the host."""
+    runtime = _runtime()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return runtime is not None and runtime.has(_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, index)
 
 
 def copy_many(to: Addresses, source: Addresses, sizes: Addresses, stream: torch.cuda.Stream) -> None:

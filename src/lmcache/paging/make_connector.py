@@ -15,7 +15,12 @@ from lmcache.paging.token_connector import TokenConnector
 
 
 def make_connector(
-    kv_layout: KVLayout, tensors: Sequence[torch.Tensor], chunk_size: int, *, token_major: bool = False
+    kv_layout: KVLayout,
+    tensors: Sequence[torch.Tensor],
+    chunk_size: int,
+    *,
+    token_major: bool = False,
+    background_saves: bool = False,
 ) -> PagedConnector:
     """The fastest connector for these pages: whole pages if they are in host memory and chunks consist of them.
 
@@ -23,6 +28,7 @@ def make_connector(
         tensors: as :class:`KVLayout` describes them.
         chunk_size: tokens in a chunk; chunks of the connector begin at multiples of it.
         token_major: chunks that every engine reads, where the pages can be taken apart.
+        background_saves: of :class:`~lmcache.paging.staged_connector.StagedConnector`.
 
     Raises:
         ValueError: the pages are packed and nothing moves them whole; the message says what to change.
@@ -38,5 +44,5 @@ def make_connector(
             + ("" if on_cpu else f", and the pages are on {tensors[0].device}")
         )
     if tensors[0].device.type == "cuda" and kernels_for(tensors[0].device) and kv_layout.planes[0].strides[3] == 1:
-        return StagedConnector(kv_layout, tensors)
+        return StagedConnector(kv_layout, tensors, background_saves=background_saves)
     return TokenConnector(kv_layout, tensors)

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from lmcache.memory.device_copy import can_copy_many, copy_many
+from lmcache.memory.device_copy import can_copy_many, copy_many, kernels_reach_pinned
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.memory.to_device import to_device
 from lmcache.paging.chunk_groups import ChunkGroup, UniformChunks
@@ -40,7 +41,7 @@ class _Buffer:
 
 
 class _Ring:
-    """The buffers of one direction, and the stream of its copies over the bus. One call at a time."""
+    """The buffers of one direction, and its streams. One call at a time."""
 
     def __init__(self, device: torch.device, depth: int) -> None:
         self.device = device
@@ -50,6 +51,12 @@ class _Ring:
 
     @cached_property
     def stream(self) -> torch.cuda.Stream | None:
+        """For copies over the bus."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def kernels(self) -> torch.cuda.Stream | None:
+        """For kernels that wait for copies of the past, which nobody else is to wait for."""
         return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def take(self, nbytes: int) -> _Buffer:
@@ -73,8 +80,13 @@ class StagedConnector(TokenConnector):
     and what was read is in host memory when the call returns. Chunks that are not pinned are moved more slowly.
     """
 
-    def __init__(self, kv_layout: KVLayout, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, kv_layout: KVLayout, tensors: Sequence[torch.Tensor], *, background_saves: bool = False) -> None:
+        """Args:
+        background_saves: nobody waits for what is read from pages, and an engine goes on meanwhile: leave it the bus
+            and the GPU, though it takes twice as long.
+        """
         super().__init__(kv_layout, tensors)
+        self._background_saves = background_saves
         self._in, self._out = _Ring(self._device, _LOAD_DEPTH), _Ring(self._device, _SAVE_DEPTH)
         views = [kv_layout.plane_views(tensors, layer) for layer in self._all_layers]
         self._views = views  # what the kernels' addresses point at
@@ -107,6 +119,7 @@ class StagedConnector(TokenConnector):
     def warm_up(self) -> None:
         """Have the kernels compiled; no page is touched."""
         from lmcache.kernels.chunk_copy import copy_chunks
+        from lmcache.kernels.chunks_to_host import copy_to_host
 
         at, word = self.kv_layout, self._pages.word
         planes = len(at.planes)
@@ -115,6 +128,9 @@ class StagedConnector(TokenConnector):
         nowhere = torch.full((planes,), -1, dtype=torch.int64, device=self._device)
         for to_pages in (True, False):
             copy_chunks(staged, self._pages, nowhere, 1, 1, self._all_layers, to_pages=to_pages)
+        if self._background_saves:
+            at_staged = torch.tensor([staged.data_ptr()], device=self._device)
+            copy_to_host(at_staged, self._pages, nowhere, 1, 1, 1, self._all_layers, alignment=16)
 
     def _move_checked(
         self,
@@ -126,20 +142,10 @@ class StagedConnector(TokenConnector):
     ) -> None:
         if not objs:
             return
-        ring = self._in if to_pages else self._out
-        with ring.lock:
-            offsets = self._offsets(slots)
-            at = offsets.view(-1)
-            if to_pages:
-                self._load(ring, layers, objs, ranges, at, len(slots))
-                return
-            holes = int(slots.min()) < 0
-            current = self._current()
-            for chunks, start in self._alike(objs, ranges):
-                for group in chunks.whole_groups(layers, _SAVE_BYTES):
-                    self._save_group(ring, current, chunks, group, at[start:], len(slots), holes)
-            if ring.stream is not None:
-                ring.stream.synchronize()
+        if to_pages:
+            self._load(self._in, layers, objs, ranges, slots)
+        else:
+            self._save(self._out, layers, objs, ranges, slots)
 
     def _load(
         self,
@@ -147,12 +153,38 @@ class StagedConnector(TokenConnector):
         layers: range,
         objs: Sequence[MemoryObj],
         ranges: Sequence[tuple[int, int]],
-        offsets: torch.Tensor,
-        total_tokens: int,
+        slots: torch.Tensor,
     ) -> None:
-        for chunks, start in self._alike(objs, ranges):
-            for group in chunks.groups(layers, _GROUP_BYTES):
-                self._load_group(ring, chunks, group, offsets[start:], total_tokens)
+        with ring.lock:
+            offsets = self._offsets(slots).view(-1)
+            for chunks, start in self._alike(objs, ranges):
+                for group in chunks.groups(layers, _GROUP_BYTES):
+                    self._load_group(ring, chunks, group, offsets[start:], len(slots))
+
+    def _save(
+        self,
+        ring: _Ring,
+        layers: range,
+        objs: Sequence[MemoryObj],
+        ranges: Sequence[tuple[int, int]],
+        slots: torch.Tensor,
+    ) -> None:
+        with ring.lock:
+            _after(_event(self._current()), ring.kernels)
+            try:
+                # The caller's stream may be the one that the engine computes on.
+                with _on(ring.kernels):
+                    offsets = self._offsets(slots).view(-1)
+                    holes = int(slots.min()) < 0
+                    for chunks, start in self._alike(objs, ranges):
+                        if self._background_saves and self._can_write(chunks.objs):
+                            self._save_directly(chunks, layers, offsets[start:], len(slots))
+                            continue
+                        for group in chunks.whole_groups(layers, _SAVE_BYTES):
+                            self._save_group(ring, self._current(), chunks, group, offsets[start:], len(slots), holes)
+            finally:  # also after an error: the chunks' memory may be given to others then
+                for stream in (ring.kernels, ring.stream):
+                    _wait_for(stream)
 
     def _alike(
         self, objs: Sequence[MemoryObj], ranges: Sequence[tuple[int, int]]
@@ -214,6 +246,28 @@ class StagedConnector(TokenConnector):
                 kept.copy_(share[: len(kept)], non_blocking=True)
         buffer.free = _event(ring.stream)
 
+    def _save_directly(self, chunks: UniformChunks, layers: range, offsets: torch.Tensor, total_tokens: int) -> None:
+        from lmcache.kernels.chunks_to_host import copy_to_host
+
+        group = ChunkGroup(range(len(chunks.objs)), layers)
+        _, starts, _ = chunks.addresses(group, 0)
+        copy_to_host(
+            to_device(torch.from_numpy(starts.view(np.int64)), self._device),
+            self._pages,
+            offsets,
+            chunks.tokens_of(group)[1],
+            chunks.num_tokens,
+            total_tokens,
+            layers,
+            alignment=math.gcd(16, *starts.tolist()),
+        )
+
+    def _can_write(self, objs: Sequence[MemoryObj]) -> bool:
+        """Whether kernels reach the memory of chunks."""
+        if self._device.type != "cuda":
+            return True
+        return kernels_reach_pinned(self._device) and all(obj.bytes.is_pinned() for obj in objs)
+
     def _staged(self, there: torch.Tensor, chunks: UniformChunks, group: ChunkGroup) -> torch.Tensor:
         """``there`` as :func:`~lmcache.kernels.chunk_copy.copy_chunks` wants it."""
         planes = len(self.kv_layout.planes)
@@ -252,3 +306,11 @@ def _event(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
 def _after(event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
     if event is not None and stream is not None:
         stream.wait_event(event)
+
+
+def _wait_for(stream: torch.cuda.Stream | None) -> None:
+    """Without keeping a core busy."""
+    if stream is not None:
+        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        done.record(stream)
+        done.synchronize()

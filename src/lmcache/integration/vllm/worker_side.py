@@ -127,7 +127,13 @@ class WorkerSide:
         else:
             logger.warning("The layout %s of backend %s could not be checked by writing", layout.name, writer.backend)
         config = self._shared.config
-        connector = make_connector(layout, tensors, config.chunk_size, token_major=config.chunk_layout == "token_major")
+        connector = make_connector(
+            layout,
+            tensors,
+            config.chunk_size,
+            token_major=config.chunk_layout == "token_major",
+            background_saves=True,
+        )
         connector.warm_up()
         logger.info("KV pages: %s, %d layers, moved by %s", layout.name, len(names), type(connector).__name__)
         return connector
