@@ -1,16 +1,21 @@
 """Runs a scenario on a real vLLM in a process of its own: its state (kernels, process groups, connector) is global.
 
-``run(scenario, …)`` calls the function ``scenario`` of :mod:`scenarios` in a fresh Python and gives back what it
-returns, through JSON.
+``run(scenario, …)`` calls the function ``scenario`` of :mod:`scenarios` and gives back what it returns, through JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +45,86 @@ def run(
     module: str = "tests.vllm.scenarios",
     timeout: float = 900,
     environ: dict[str, str] | None = None,
+    fresh: bool = False,
     **arguments: Any,
 ) -> Any:
-    """The result of ``module.<scenario>(**arguments)``; AssertionError with the log's tail when it failed."""
+    """The result of ``module.<scenario>(**arguments)``; AssertionError with the log's tail when it failed.
+
+    ``fresh``: in a Python that shares nothing with that of another scenario, not even the seed of ``hash``, and ends as
+    one does.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "result.json")
-        process = subprocess.run(
-            [sys.executable, "-m", module, scenario, json.dumps(arguments), str(result)],
-            env={**os.environ, **VLLM_ENVIRONMENT, **(environ or {})},
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        tail = "\n".join(process.stdout.splitlines()[-60:])
-        assert process.returncode == 0, f"{scenario} ended with {process.returncode}:\n{tail}"
+        asked = [scenario, json.dumps(arguments), str(result)]
+        log = run_module(module, asked, environ=environ, timeout=timeout, fresh=fresh)
         answer = json.loads(result.read_text())
-        answer["log"] = process.stdout
+        answer["log"] = log
         return answer
+
+
+def run_module(
+    module: str, arguments: list[str], *, environ: dict[str, str] | None = None, timeout: float, fresh: bool = False
+) -> str:
+    """What ``python -m module …`` prints; AssertionError with its tail when it does not end with 0."""
+    environ = {**os.environ, **VLLM_ENVIRONMENT, **(environ or {})}
+    with tempfile.NamedTemporaryFile() as output:
+        log = Path(output.name)
+        run_one = _in_fresh_python if fresh else _in_prepared_python
+        code = run_one(module, arguments, environ, log, timeout)
+        printed = log.read_text(errors="replace")
+    tail = "\n".join(printed.splitlines()[-60:])
+    assert code == 0, f"{' '.join([module, *arguments])} ended with {code}:\n{tail}"
+    return printed
+
+
+def _in_fresh_python(
+    module: str, arguments: list[str], environ: dict[str, str], log: Path, timeout: float
+) -> int | None:
+    with log.open("w") as output:
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(
+            command, env=environ, cwd=REPOSITORY, stdout=output, stderr=output, timeout=timeout, check=False
+        ).returncode
+
+
+def _in_prepared_python(
+    module: str, arguments: list[str], environ: dict[str, str], log: Path, timeout: float
+) -> int | None:
+    process = _prepared().Process(target=_scenario, args=(module, arguments, environ, str(log)))
+    process.start()
+    try:
+        process.join(timeout)
+        assert process.exitcode is not None, f"{' '.join([module, *arguments])} took more than {timeout:.0f} s"
+        return process.exitcode
+    finally:
+        if process.exitcode is None and process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@cache
+def _prepared() -> Any:
+    """Forks processes that have vLLM imported, by a parent that has no threads."""
+    before = dict(os.environ)
+    os.environ.update(VLLM_ENVIRONMENT)
+    try:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.vllm.imported"])
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _scenario(module: str, arguments: list[str], environ: dict[str, str], log: str) -> None:
+    """In the process that was forked."""
+    os.setsid()
+    with open(log, "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(REPOSITORY)
+    os.environ.clear()
+    os.environ.update(environ)
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -53,7 +53,7 @@ def test_text_with_reuse_equals_text_without(dtype: str, tie: float, tmp_path: P
     config = {"local_disk": str(tmp_path), "max_local_disk_size": 4.0, "max_local_cpu_size": 2.0}
     without = run("plain", lengths=LENGTHS, dtype=dtype)
     served = run("reuse", lengths=LENGTHS, dtype=dtype, config=config)
-    restarted = run("from_disk", lengths=LENGTHS, dtype=dtype, config=config)
+    restarted = run("from_disk", fresh=True, lengths=LENGTHS, dtype=dtype, config=config)
 
     expected = without["answers"]
     assert tokens(served["first"]) == tokens(expected), "nothing is reused yet"

@@ -48,7 +48,7 @@ def test_what_a_server_with_a_disk_kept_of_blends_serves_nobody(tmp_path: Path) 
     found = run("filled", module=MODULE, directory=str(tmp_path), defended=True)
     assert found["blended"] == 2, "a prompt that fills no page has no name to change: it is not blended"
     prompts = [prompt for _, prompt, _ in found["attacks"]]
-    after = run("restarted", module=MODULE, directory=str(tmp_path), prompts=prompts, known=found["known"])
+    after = run("restarted", module=MODULE, fresh=True, directory=str(tmp_path), prompts=prompts, known=found["known"])
     assert after["exact"] == 512, "what was computed exactly is served"
     assert spoilt(found, after) == set()
     assert found["leaks"] == after["leaks"] == []

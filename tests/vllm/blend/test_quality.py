@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.vllm.harness import REPOSITORY, VLLM_ENVIRONMENT
+from tests.vllm.harness import run_module
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -21,17 +18,7 @@ POINTS = 0.02
 def agreement(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Share of answer tokens that are those of full prefill, at a recompute ratio of 15 %."""
     result = Path(tmp_path_factory.mktemp("quality"), "result.json")
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.vllm.blend.quality_scenario", str(result)],
-        env={**os.environ, **VLLM_ENVIRONMENT},
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert process.returncode == 0, "\n".join(process.stdout.splitlines()[-60:])
+    run_module("tests.vllm.blend.quality_scenario", [str(result)], timeout=900)
     found: dict[str, float] = json.loads(result.read_text())
     return found
 

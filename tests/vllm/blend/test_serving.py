@@ -125,7 +125,7 @@ def test_passages_between_separators_are_found_and_nothing_across_them() -> None
 
 def test_after_a_restart_passages_come_from_disk(tmp_path: Path) -> None:
     before = run("on_disk", module=MODULE, directory=str(tmp_path), warm=True)
-    after = run("on_disk", module=MODULE, directory=str(tmp_path), warm=False)
+    after = run("on_disk", module=MODULE, fresh=True, directory=str(tmp_path), warm=False)
     assert after["known"] == before["known"] > 6
     assert was_blended(after["blended"])
     assert {tier for one in after["blended"]["reuse"]["blend"]["segments"] for tier in one["tokens_by_tier"]} == {

@@ -19,7 +19,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("store")
     url = f"file://{directory}/kv"
     first = run("learn", module=MODULE, url=url)
-    second = run("ask", module=MODULE, url=url)
+    second = run("ask", module=MODULE, fresh=True, url=url)
     assert falsify(directory / "kv") > 0
     return {"first": first, "second": second, "falsified": run("ask", module=MODULE, url=url)}
 

@@ -31,7 +31,7 @@ def test_entries_in_a_shared_store_are_found_with_another_number_of_ranks(model:
 def check(first: int, then: int, model: str, kept_in: dict[str, Any]) -> None:
     config = {"chunk_size": CHUNK, "chunk_layout": "token_major", "max_local_cpu_size": 0.25, **kept_in}
     kept = run("asked", model=model, tp=first, lengths=LENGTHS, config=config)
-    found = run("asked", model=model, tp=then, lengths=LENGTHS, config=config)
+    found = run("asked", fresh=True, model=model, tp=then, lengths=LENGTHS, config=config)
     assert [answer["reuse"]["reused_tokens"] for answer in kept["answers"]] == [0, 0]
     assert [answer["reuse"]["tokens_by_tier"] for answer in found["answers"]] == [
         {"resharded": tokens} for tokens in WHOLE_CHUNKS

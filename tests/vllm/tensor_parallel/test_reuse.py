@@ -112,7 +112,7 @@ def test_what_is_on_the_disks_of_the_ranks_is_found_after_a_restart(
 ) -> None:
     config = {**CONFIG, "local_disk": str(tmp_path), "max_local_disk_size": 1.0}
     first = run("asked", model=model, tp=2, lengths=LENGTHS, config=config)
-    again = run("asked", model=model, tp=2, lengths=LENGTHS, config=config)
+    again = run("asked", fresh=True, model=model, tp=2, lengths=LENGTHS, config=config)
     assert reused(first["answers"]) == [0, 0, 0]
     assert reused(again["answers"]) == WHOLE_CHUNKS
     assert {answer["reuse"]["tier"] for answer in again["answers"]} == {"disk"}
