@@ -22,7 +22,7 @@ LAYOUT = KVLayout(
 @pytest.fixture(autouse=True)
 def _named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BlockConnector", "StagedConnector", "TokenConnector"):
-        monkeypatch.setattr(module, name, lambda layout, tensors, name=name: name)
+        monkeypatch.setattr(module, name, lambda layout, tensors, name=name, **how: name)
 
 
 def chosen(

@@ -94,8 +94,9 @@ def _in_prepared_python(
     process.start()
     try:
         process.join(timeout)
-        assert process.exitcode is not None, f"{' '.join([module, *arguments])} took more than {timeout:.0f} s"
-        return process.exitcode
+        code: int | None = process.exitcode
+        assert code is not None, f"{' '.join([module, *arguments])} took more than {timeout:.0f} s"
+        return code
     finally:
         if process.exitcode is None and process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
