@@ -38,35 +38,39 @@ setup: $(VENV)/.package ## the environment with vLLM and the model, if they are 
 setup-sglang: $(SGLANG_VENV)/.package ## the environment with SGLang and the model, if they are not there yet
 	@$(MAKE) --no-print-directory $(MODEL)/config.json CONVERTER=$(SGLANG_BIN)/python
 
-test: test-fast ## all tests: the fast ones, then those on a real vLLM and a real SGLang, both at once
+test: test-fast setup-sglang ## all tests: the fast ones, then those on a real vLLM and a real SGLang, both at once
 	@echo "The tests on vLLM and on SGLang run side by side; each prints when it ends, after half an hour or so."
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-vllm-rest test-sglang test-vllm-blend test-kernels
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target IS_SET_UP=yes test-sglang test-vllm-rest test-vllm-blend test-kernels
+
+# Where two of these run at once they are to begin in the order of the command line, longest first: nothing to wait for.
+SET_UP = $(if $(IS_SET_UP),,setup)
+SET_UP_SGLANG = $(if $(IS_SET_UP),,setup-sglang)
 
 test-fast: setup ## the tests that need no engine
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-fast-blend test-fast-rest
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target IS_SET_UP=yes test-fast-rest test-fast-blend
 
 # Two parts, as of the tests on a real vLLM.
 FAST_BLEND := tests/blend tests/transformers tests/evaluation
 
-test-fast-blend: setup
+test-fast-blend: $(SET_UP)
 	$(BIN)/python -m pytest -m "not vllm and not sglang" $(FAST_BLEND)
 
-test-fast-rest: setup
+test-fast-rest: $(SET_UP)
 	$(BIN)/python -m pytest -m "not vllm and not sglang" $(addprefix --ignore=,$(FAST_BLEND))
 
-test-kernels: setup-sglang ## the kernels for GPUs, in Triton's interpreter
+test-kernels: $(SET_UP_SGLANG) ## the kernels for GPUs, in Triton's interpreter
 	TRITON_INTERPRET=1 $(SGLANG_BIN)/python -m pytest tests/kernels
 
 test-vllm: test-vllm-rest test-vllm-blend ## the tests on a real vLLM
 
 # Two parts, so that neither of two cores waits long for the other at the end.
-test-vllm-rest: setup
+test-vllm-rest: $(SET_UP)
 	$(BIN)/python -m pytest -m vllm --ignore=tests/vllm/blend
 
-test-vllm-blend: setup
+test-vllm-blend: $(SET_UP)
 	$(BIN)/python -m pytest -m vllm tests/vllm/blend
 
-test-sglang: setup setup-sglang ## the tests on a real SGLang
+test-sglang: $(SET_UP) $(SET_UP_SGLANG) ## the tests on a real SGLang
 	$(SGLANG_BIN)/python scripts/fetch_sglang_sources.py $(SGLANG_SOURCES)
 	$(FOR_SGLANG_TESTS) $(SGLANG_BIN)/python -m pytest -m sglang tests/sglang tests/demo
 

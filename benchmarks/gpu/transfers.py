@@ -61,7 +61,7 @@ class Bench:
         assert all(obj is not None for obj in objs)
         for obj in objs:
             assert obj is not None
-            obj.tensor.normal_()
+            obj.tensor.copy_(torch.randn(spec.shape, device=self.device))
         return [obj for obj in objs if obj is not None]
 
     def to_pages(self, slots: torch.Tensor, objs: list[MemoryObj]) -> None:

@@ -59,9 +59,10 @@ def random_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def new_chunk(spec: KVSpec) -> MemoryObj:
-    """A chunk that holds random bytes."""
+    """A chunk that holds random bytes, pinned where there is a GPU."""
     size = -(-spec.nbytes // 4096) * 4096
-    return MemoryObj(spec, torch.randint(0, 256, (size,), dtype=torch.uint8), 0, lambda obj: None)
+    memory = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    return MemoryObj(spec, memory.pin_memory() if torch.cuda.is_available() else memory, 0, lambda obj: None)
 
 
 def _vllm(
