@@ -24,6 +24,7 @@ from lmcache.storage.remote.settings import RemoteSettings
 from lmcache.storage.remote.tier import RemoteTier
 from tests.storage.conformance import TierConformance
 from tests.storage.remote.store_conformance import TIMEOUT, RemoteStoreConformance, got, value
+from tests.storage.remote.test_other_sizes import OTHER_SIZES, check_that_others_find_it
 
 MASTER = Path(mooncake.__file__).with_name("mooncake_master")
 
@@ -107,3 +108,8 @@ def test_a_master_that_is_not_there() -> None:
         store.exists(["a"], 2.0)
     assert caught.value.reason == "connection"
     store.close()
+
+
+@OTHER_SIZES
+def test_other_numbers_of_ranks_find_what_some_have_kept(shared: MooncakeStore, kept: int, wanted: int) -> None:
+    check_that_others_find_it(lambda: Borrowed(shared), kept, wanted, number=10 + kept)

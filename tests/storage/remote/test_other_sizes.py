@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -130,24 +130,34 @@ def test_a_chunk_is_there_exactly_when_all_its_parts_are_and_right_when_they_are
         assert rank.gets(B)
 
 
-@pytest.mark.parametrize(("kept", "wanted"), [(2, 1), (1, 2)])
-def test_redis(tmp_path: Path, kept: int, wanted: int) -> None:
-    if shutil.which("redis-server") is None:
-        pytest.skip("apt-get install redis-server")
-    with RedisServer(tmp_path) as server, ExitStack() as stack:
+OTHER_SIZES = pytest.mark.parametrize(("kept", "wanted"), [(2, 1), (1, 2)])
+"""Numbers of ranks that write, and that read."""
+
+
+def check_that_others_find_it(open_one: Callable[[], RemoteStore], kept: int, wanted: int, *, number: int = A) -> None:
+    """``open_one``: a rank's own way to one store, in which nobody has the chunk ``number``."""
+    with ExitStack() as stack:
 
         def rank_of(shard: Shard) -> Rank:
-            rank = Rank(open_store(server.url, StoreOptions()), shard)
+            rank = Rank(open_one(), shard)
             stack.callback(rank.storage.close)
             return rank
 
         for shard in all_shards([kept]):
-            rank_of(shard).put(A)
+            rank_of(shard).put(number)
         for shard in all_shards([wanted]):
             rank = rank_of(shard)
-            assert rank.finds(A, B) == ["resharded"]
-            assert rank.gets(A)
-            assert rank.finds(A, B) == ["memory"]
+            assert rank.finds(number, B) == ["resharded"]
+            assert rank.gets(number)
+            assert rank.finds(number, B) == ["memory"]
+
+
+@OTHER_SIZES
+def test_redis(tmp_path: Path, kept: int, wanted: int) -> None:
+    if shutil.which("redis-server") is None:
+        pytest.skip("apt-get install redis-server")
+    with RedisServer(tmp_path) as server:
+        check_that_others_find_it(lambda: open_store(server.url, StoreOptions()), kept, wanted)
 
 
 def test_one_question_for_all_names_and_none_for_what_is_known(fleet: Fleet) -> None:

