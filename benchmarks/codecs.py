@@ -55,15 +55,20 @@ def through(codec: Codec, kv: torch.Tensor) -> tuple[torch.Tensor, dict[str, flo
 
 
 @torch.no_grad()
+def prompt_kv(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """bfloat16 ``[layers, 2, tokens, heads, dim]`` of the prompt ``ids`` ``[1, tokens]``."""
+    layers = model(ids, logits_to_keep=1, use_cache=True).past_key_values.layers
+    kv = torch.stack([torch.stack([layer.keys[0], layer.values[0]]).transpose(1, 2) for layer in layers])
+    return kv.to(torch.bfloat16)
+
+
+@torch.no_grad()
 def measure(model: Any, tokenizer: Any, tasks: int) -> dict[str, dict[str, list[float]]]:
     figures: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in CODEC_NAMES}
     stop = model.generation_config.eos_token_id
     for task in generate_tasks(tasks, seed=40):
         ids = torch.tensor([prompt_parts(tokenizer, task).input_ids])
-        output = model(ids, logits_to_keep=1, use_cache=True)
-        layers = output.past_key_values.layers
-        kv = torch.stack([torch.stack([layer.keys[0], layer.values[0]]).transpose(1, 2) for layer in layers])
-        kv = kv.to(torch.bfloat16)
+        kv = prompt_kv(model, ids)
         expected = answer(model, ids, kv.float(), stop)
         for name in CODEC_NAMES:
             back, took = through(make_codec(name), kv)

@@ -72,11 +72,11 @@ def _measure_shape(shape: ModelShape, directory: Path, settings: Settings) -> li
         taken = take_turns(
             {
                 "raw write": Work(raw.write, before=raw.remove),
-                "write": Work(lambda: _put_all(tier, chunks, count), before=forget),
+                "write": Work(lambda: put_all(tier, chunks, count), before=forget),
             },
             settings.runs,
         )
-        taken |= take_turns({"raw read": Work(raw.read), "read": Work(lambda: _get_all(tier, count))}, settings.runs)
+        taken |= take_turns({"raw read": Work(raw.read), "read": Work(lambda: get_all(tier, count))}, settings.runs)
         if failures := tier.stats().failures:
             raise RuntimeError(f"the disk tier failed: {failures}")
     finally:
@@ -107,14 +107,16 @@ def _key(number: int) -> PrefixKey:
     return PrefixKey(number.to_bytes(KEY_BYTES, "little"))
 
 
-def _put_all(tier: LocalDiskTier, chunks: Sequence[MemoryObj], count: int) -> None:
+def put_all(tier: LocalDiskTier, chunks: Sequence[MemoryObj], count: int) -> None:
+    """Write ``count`` chunks, those of ``chunks`` in turn."""
     for number in range(count):
         if not tier.submit_put(_key(number), chunks[number % len(chunks)]):
             raise RuntimeError("the disk tier would not take a chunk")
     tier.flush()
 
 
-def _get_all(tier: LocalDiskTier, count: int) -> None:
+def get_all(tier: LocalDiskTier, count: int) -> None:
+    """Read what :func:`put_all` has written, as a request reads its chunks."""
     under_way: deque[Future[MemoryObj | None]] = deque()
     for number in range(count):
         under_way.append(tier.submit_get(_key(number)))
