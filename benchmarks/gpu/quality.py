@@ -308,6 +308,10 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=240, help="seconds for a variant, then it is ended")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.graphs == "full":
+        # Captured with one new token a request, for which FlashAttention 3 drops the causal mask where heads have 64
+        # dimensions: vLLM 0.25.0 then computes the last few tokens of a prompt wrongly, with and without a connector.
+        parser.error("--graphs full is not exact for this model; leave it out")
     if arguments.variant:
         work(arguments)
         return

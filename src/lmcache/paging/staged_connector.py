@@ -142,19 +142,16 @@ class StagedConnector(TokenConnector):
     ) -> None:
         if not objs:
             return
-        if to_pages:
-            self._load(self._in, layers, objs, ranges, slots)
-        else:
-            self._save(self._out, layers, objs, ranges, slots)
+        (self._load if to_pages else self._save)(layers, objs, ranges, slots)
 
     def _load(
         self,
-        ring: _Ring,
         layers: range,
         objs: Sequence[MemoryObj],
         ranges: Sequence[tuple[int, int]],
         slots: torch.Tensor,
     ) -> None:
+        ring = self._in
         with ring.lock:
             offsets = self._offsets(slots).view(-1)
             for chunks, start in self._alike(objs, ranges):
@@ -163,12 +160,12 @@ class StagedConnector(TokenConnector):
 
     def _save(
         self,
-        ring: _Ring,
         layers: range,
         objs: Sequence[MemoryObj],
         ranges: Sequence[tuple[int, int]],
         slots: torch.Tensor,
     ) -> None:
+        ring = self._out
         with ring.lock:
             _after(_event(self._current()), ring.kernels)
             try:
