@@ -35,7 +35,11 @@ class _Stream:
 
 
 class _Event:
+    def __init__(self, *, blocking: bool = False) -> None: ...
+
     def record(self, stream: object) -> None: ...
+
+    def synchronize(self) -> None: ...
 
 
 class FirstCopies:
@@ -49,6 +53,11 @@ class FirstCopies:
 
 
 def _nothing(*_: object, **__: object) -> None: ...
+
+
+def _read(_: object, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    nothing = torch.zeros(len(rows), HEADS, DIM, dtype=torch.bfloat16)
+    return nothing, nothing
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,11 @@ def install() -> FirstCopies:
     scores = torch.rand(1, 1 << 16)
     kernels: dict[str, dict[str, Any]] = {
         "kv_write": {"place": _nothing, "write": _nothing, "Turns": _Turns},
-        "kv_read": {"read": _nothing, "deviation": _nothing},
+        "kv_read": {"read": _read, "deviation": _nothing},
         "sparse_attention": {"sparse_attention": lambda q, *_, **__: (q, None), "SeenByAll": SimpleNamespace},
         "attention_received": {"attention_received": lambda q, kv, *_, **__: scores[:, : len(kv.offsets)]},
         "chunk_copy": {"copy_chunks": _nothing, "PageAddresses": SimpleNamespace},
+        "chunks_to_host": {"copy_to_host": _nothing},
     }
     for name, members in kernels.items():
         module = ModuleType(f"lmcache.kernels.{name}")
