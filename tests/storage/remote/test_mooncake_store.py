@@ -86,6 +86,11 @@ class TestRemoteTierOnMooncake(TierConformance):
         return tier
 
 
+@OTHER_SIZES
+def test_other_numbers_of_ranks_find_what_some_have_kept(shared: MooncakeStore, kept: int, wanted: int) -> None:
+    check_that_others_find_it(lambda: Borrowed(shared), kept, wanted, number=10 + kept)
+
+
 def test_a_second_machine_sees_it(url: str, shared: MooncakeStore) -> None:
     shared.put([value("from the first", b"shared" * 1000)], TIMEOUT)
     other = MooncakeStore(url.replace(f"segment={512 << 20}", f"segment={16 << 20}"), StoreOptions())
@@ -108,8 +113,3 @@ def test_a_master_that_is_not_there() -> None:
         store.exists(["a"], 2.0)
     assert caught.value.reason == "connection"
     store.close()
-
-
-@OTHER_SIZES
-def test_other_numbers_of_ranks_find_what_some_have_kept(shared: MooncakeStore, kept: int, wanted: int) -> None:
-    check_that_others_find_it(lambda: Borrowed(shared), kept, wanted, number=10 + kept)

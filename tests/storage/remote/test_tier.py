@@ -314,6 +314,18 @@ def test_clear_is_for_everybody(world: World) -> None:
     assert ask(first, A) == [True]
 
 
+def test_what_a_server_writes_first_after_a_clear_is_found_by_others(world: World) -> None:
+    """It was written under the name of before the clear, unless the server had looked for something first."""
+    first, _ = world.server()
+    first.clear()
+    assert ask(first, A) == [False]
+    second, _ = world.server()
+    world.put(second, A)
+    assert second.contains(A)
+    assert ask(first, A) == [True]
+    assert holds(first, A)
+
+
 def test_a_clear_that_the_store_did_not_hear_of_is_told_later(world: World) -> None:
     (first, store), (second, _) = world.server(), world.server()
     world.put(first, A)

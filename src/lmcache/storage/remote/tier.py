@@ -219,10 +219,15 @@ class RemoteTier(StorageTier):
                 self._uploads.end(key)
 
     def _write(self, burst: list[tuple[CacheKey, MemoryObj]]) -> None:
-        timeout, generation = self.timeout, self.names.generation
-        names = [self.names.of(key) for key, _ in burst]
-        unclaimed: list[bool] = []
-        claimed = self.attempt("claim", lambda: self.store.claim(names, 2 * timeout, timeout), unclaimed)
+        timeout = self.timeout
+
+        def claim() -> tuple[str, list[str], list[bool]]:
+            # What chunks are called now is known only now.
+            names = [self.names.of(key) for key, _ in burst]
+            return self.names.generation, names, self.store.claim(names, 2 * timeout, timeout)
+
+        nothing: tuple[str, list[str], list[bool]] = ("", [], [])
+        generation, names, claimed = self.attempt("claim", claim, nothing)
         if not claimed:
             self._count(dropped=len(burst))
             return
