@@ -29,7 +29,10 @@ def ask(lengths: list[int], connector: str | None, config: dict[str, Any], optio
 def ask_ranks(model: str, prompts: list[list[int]], config: dict[str, Any] | None) -> dict[str, Any]:
     """On two ranks."""
     with tensor_parallel.serving(model, 2, config, "mp") as llm:
-        return {"answers": tensor_parallel.ask(llm, prompts)}
+        answers = tensor_parallel.ask(llm, prompts)
+        if config is not None:
+            tensor_parallel.on_ranks(llm, tensor_parallel.saved)
+        return {"answers": answers}
 
 
 def read_passages(connector: str) -> dict[str, Any]:

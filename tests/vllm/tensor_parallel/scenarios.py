@@ -77,6 +77,11 @@ def _shared() -> Any:
     return shared
 
 
+def saved(worker: Any) -> None:
+    """Once everything is: vLLM gives a rank that it ends a few seconds only, and a busy machine needs more."""
+    _shared()
+
+
 def corrupt(worker: Any, rank: int) -> int:
     """Noise in every chunk that this rank holds in memory, if it is ``rank``."""
     if worker.rank != rank:
