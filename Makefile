@@ -24,7 +24,7 @@ MODEL := .cache/models/smollm2-bfloat16
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help has-python setup setup-sglang test test-fast test-fast-blend test-fast-rest test-kernels test-vllm test-vllm-rest test-vllm-blend test-sglang demo demo-sglang demo-fleet fuzz soak bench check format clean
+.PHONY: help has-python setup setup-sglang test test-fast test-fast-blend test-fast-rest test-kernels test-vllm test-vllm-rest test-vllm-blend test-vllm-ranks test-sglang demo demo-sglang demo-fleet fuzz soak bench check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,7 +40,8 @@ setup-sglang: $(SGLANG_VENV)/.package ## the environment with SGLang and the mod
 
 test: test-fast setup-sglang ## all tests: the fast ones, then those on a real vLLM and a real SGLang, both at once
 	@echo "The tests on vLLM and on SGLang run side by side; each prints when it ends, after half an hour or so."
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target IS_SET_UP=yes test-sglang test-vllm-rest test-vllm-blend test-kernels
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target IS_SET_UP=yes \
+		test-sglang test-vllm-rest test-vllm-blend test-vllm-ranks test-kernels
 
 # Where two of these run at once they are to begin in the order of the command line, longest first: nothing to wait for.
 SET_UP = $(if $(IS_SET_UP),,setup)
@@ -61,14 +62,17 @@ test-fast-rest: $(SET_UP)
 test-kernels: $(SET_UP_SGLANG) ## the kernels for GPUs, in Triton's interpreter
 	TRITON_INTERPRET=1 $(SGLANG_BIN)/python -m pytest tests/kernels
 
-test-vllm: test-vllm-rest test-vllm-blend ## the tests on a real vLLM
+test-vllm: test-vllm-rest test-vllm-blend test-vllm-ranks ## the tests on a real vLLM
 
-# Two parts, so that neither of two cores waits long for the other at the end.
+# Parts, so that neither of two cores waits long for the other at the end.
 test-vllm-rest: $(SET_UP)
-	$(BIN)/python -m pytest -m vllm --ignore=tests/vllm/blend
+	$(BIN)/python -m pytest -m vllm --ignore=tests/vllm/blend --ignore=tests/vllm/tensor_parallel
 
 test-vllm-blend: $(SET_UP)
 	$(BIN)/python -m pytest -m vllm tests/vllm/blend
+
+test-vllm-ranks: $(SET_UP)
+	$(BIN)/python -m pytest -m vllm tests/vllm/tensor_parallel
 
 test-sglang: $(SET_UP) $(SET_UP_SGLANG) ## the tests on a real SGLang
 	$(SGLANG_BIN)/python scripts/fetch_sglang_sources.py $(SGLANG_SOURCES)
