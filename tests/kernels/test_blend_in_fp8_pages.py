@@ -28,7 +28,7 @@ from lmcache.blend.paged_blend import PagedPrompt, blend_pages
 from lmcache.blend.policies import make_policy
 from lmcache.blend.staged_layers import StagingRing
 from lmcache.blend.warm_kernels import AttentionKind, warm_kernels
-from tests.blend.core.tiny_model import LAYERS
+from tests.blend.core.tiny_model import LAYERS, TinyHost
 from tests.kernels.fp8_numbers import real, rounded
 from tests.kernels.needs_triton import DEVICE, require
 
@@ -79,6 +79,20 @@ class RealEngine(Engine):
         return real(rounded(numbers, self.fp8.dtype, scale), scale)
 
 
+class HalfHost(FloatHost):
+    """As an engine's model: in a half type, whatever the pages hold. Triton's interpreter cannot multiply bfloat16."""
+
+    def given(self, x: torch.Tensor) -> torch.Tensor:
+        return x.half()
+
+
+class LikeHalfHost(FloatHost):
+    """The same numbers in float32."""
+
+    def given(self, x: torch.Tensor) -> torch.Tensor:
+        return x.half().float()
+
+
 class RoundedLayer(LayerKV):
     def __init__(self, layer: LayerKV, fp8: Fp8Pages) -> None:
         super().__init__(layer.layer_id, layer.keys, layer.values)
@@ -109,7 +123,12 @@ class RoundedKV(BatchKV):
 
 
 def blended(
-    layout: str, fp8: Fp8Pages, used: Fp8Pages, recorder: Repeats | None = None, **options: Any
+    layout: str,
+    fp8: Fp8Pages,
+    used: Fp8Pages,
+    recorder: Repeats | None = None,
+    host_type: type[TinyHost] = FloatHost,
+    **options: Any,
 ) -> tuple[Fp8Engine, list[PagedPrompt], BlendResult[Any]]:
     """By kernels, which go by ``used``."""
     torch.manual_seed(0)
@@ -117,7 +136,7 @@ def blended(
     ids, prompts = two_prompts(engine, options.pop("ratio"))
     policy, corrector = make_policy(options.pop("policy")), make_corrector(options.pop("corrector"))
     assert can_blend_in_pages(engine.connector, ROPES, used)
-    host = (FloatHost if recorder is None else StillHost)(engine.model, ids)
+    host = (host_type if recorder is None else StillHost)(engine.model, ids)
     ring = StagingRing(DEVICE)
     result = blend_pages(
         host, engine.connector, prompts, ROPES, policy, corrector, ring=ring, fp8=used, recorder=recorder, **options
@@ -125,9 +144,10 @@ def blended(
     return engine, prompts, result
 
 
-def errors(layout: str, fp8: Fp8Pages, used: Fp8Pages, **options: Any) -> tuple[float, float]:
-    """How far the blend in pages is from the reference that rounds, and from the other: the worst layer's K or V."""
-    engine, prompts, result = blended(layout, fp8, used, **options)
+def errors(layout: str, fp8: Fp8Pages, used: Fp8Pages, *, half: bool = False, **options: Any) -> tuple[float, float]:
+    """How far the blend in pages is from the reference that rounds, and from the other: the worst layer's K or V.
+    ``half``: the model computes in a half type."""
+    engine, prompts, result = blended(layout, fp8, used, host_type=HalfHost if half else FloatHost, **options)
     policy, corrector = make_policy(options.pop("policy")), make_corrector(options.pop("corrector"))
     off = []
     for make_kv in (partial(RoundedKV, fp8=fp8), BatchKV):
@@ -135,7 +155,7 @@ def errors(layout: str, fp8: Fp8Pages, used: Fp8Pages, **options: Any) -> tuple[
         reference = RealEngine(layout, engine)
         ids, same = two_prompts(reference, options["ratio"])
         expected = blend(
-            FloatHost(reference.model, ids),
+            (LikeHalfHost if half else FloatHost)(reference.model, ids),
             [prompt.planned(reference.connector) for prompt in same],
             ROPES,
             policy,
@@ -175,6 +195,19 @@ def test_fp8_pages_hold_what_a_blend_of_real_numbers_gives(
     assert rounding < ROUNDING[dtype] / 4
     # A row may be rounded when it is stored, turned, and corrected twice, and where others look at it.
     assert plain < 5 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize(
+    ("policy", "corrector"),
+    [("sampled_attention", "kriging"), ("sampled_attention", "key_shift"), ("query_attention", "kriging")],
+)
+def test_a_model_in_a_half_type_blends_in_fp8_pages(policy: str, corrector: str) -> None:
+    """Rows that were computed early come back from the pages in float32, beside those that the model gives now."""
+    fp8 = fp8_pages()
+    rounding, plain = errors("kv_second_nhd", fp8, fp8, half=True, policy=policy, corrector=corrector, ratio=0.2)
+    # The half type's own rounding puts more numbers on the other side of a step of fp8.
+    assert rounding < ROUNDING[fp8.dtype] / 2
+    assert plain < 5 * ROUNDING[fp8.dtype]
 
 
 @pytest.mark.parametrize("plane", [0, 1])

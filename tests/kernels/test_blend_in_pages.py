@@ -40,9 +40,13 @@ class FloatHost(TinyHost):
 
     def forward(self, rows: torch.Tensor, positions: torch.Tensor, attend: Any) -> torch.Tensor:
         def in_float(layer: int, *qkv: torch.Tensor, **scoring: Any) -> torch.Tensor:
-            return attend(layer, *(x.float() for x in qkv), **scoring).double()
+            return attend(layer, *map(self.given, qkv), **scoring).double()
 
         return super().forward(rows, positions, in_float)
+
+    def given(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` as it is handed over."""
+        return x.float()
 
 
 class Engine:

@@ -30,8 +30,10 @@ class EarlyRows:
         self._at_on_device: torch.Tensor | None = None
 
     def joined(self, layer: LayerKV, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of :attr:`rows`, ``[n, kv_heads, dim]``, where ``k`` and ``v`` are those of the piece."""
+        """K and V of :attr:`rows`, ``[n, kv_heads, dim]``, where ``k`` and ``v`` are those of the piece.
+
+        In their dtype; pages of fp8 give what they hold in float32."""
         if self._at_on_device is None:
             self._at_on_device = to_device(self._at, k.device)
-        keys, values = layer.held(self.rows)
+        keys, values = (held.to(k.dtype) for held in layer.held(self.rows))
         return keys.index_copy_(0, self._at_on_device, k), values.index_copy_(0, self._at_on_device, v)
