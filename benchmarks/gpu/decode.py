@@ -112,18 +112,8 @@ def main() -> None:
         run_variants("decode", options.variants, options.out, settings, options.limit, line)
         return
     reply = replies(options.limit)
-    setup = Setup(
-        options.variant,
-        options.host_gib,
-        scale.background + scale.output,
-        options.batched_tokens,
-        prefix_caching=False,
-        graphs=options.graphs,
-        tiny=options.tiny,
-        dynamic=options.dynamic,
-        extra=options.extra,
-    )
-    engine = Engine(setup)
+    longest = scale.background + scale.output
+    engine = Engine(Setup.of(options, options.variant, longest, options.batched_tokens, prefix_caching=False))
     reply(started(engine))
     for cell in measure(engine, scale, options.runs, options.every):
         reply(cell)

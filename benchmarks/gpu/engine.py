@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.cache_server import start_server
 from benchmarks.gpu.fast_core import fast_core
-from benchmarks.gpu.setup import CPU_ENVIRONMENT, ENVIRONMENT, GRAPHS, Setup, transfer_options
+from benchmarks.gpu.setup import CPU_ENVIRONMENT, ENVIRONMENT, GRAPHS, SERVER, Setup, transfer_options
 
 MAX_SETTLE_SECONDS, MAX_RESET_SECONDS = 60.0, 2.0
 
@@ -35,6 +36,7 @@ class Engine:
 
     def __init__(self, setup: Setup, model: Path | None = None, **options: Any) -> None:
         """``model``: a folder, to be used with its own weights and tokenizer; ``options``: more of vLLM's."""
+        socket = start_server(setup.host_gib) if setup.variant == SERVER else None
         os.environ.update(ENVIRONMENT)
         if setup.tiny:
             os.environ.update(CPU_ENVIRONMENT)
@@ -49,12 +51,13 @@ class Engine:
             options = {"load_format": "dummy", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.7} | options
         if setup.tiny:
             options.pop("gpu_memory_utilization", None)
-        transfer = transfer_options(setup)
+        transfer = transfer_options(setup, socket)
         self.llm = LLM(
             model=str(model or folder),
             max_model_len=setup.max_tokens,
             max_num_batched_tokens=setup.batched_tokens,
             enable_prefix_caching=setup.prefix_caching,
+            kv_cache_dtype=setup.kv_cache_dtype,
             kv_transfer_config=None if transfer is None else KVTransferConfig(**transfer),
             **GRAPHS[setup.graphs],
             **options,

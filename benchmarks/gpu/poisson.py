@@ -146,16 +146,7 @@ def main() -> None:
         run_variants("poisson", options.variants, options.out, settings, options.limit, line)
         return
     reply = replies(options.limit)
-    setup = Setup(
-        options.variant,
-        options.host_gib,
-        CHOSEN * length + 1024,
-        options.batched_tokens,
-        graphs=options.graphs,
-        tiny=options.tiny,
-        dynamic=options.dynamic,
-        extra=options.extra,
-    )
+    setup = Setup.of(options, options.variant, CHOSEN * length + 1024, options.batched_tokens)
     engine = Engine(setup)
     reply(started(engine))
     documents = Prompts(setup, "documents").documents(number, length)

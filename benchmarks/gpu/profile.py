@@ -111,9 +111,7 @@ def main() -> None:
     options = arguments(parser(__doc__, [OURS], host_gib=8))
     document = 512 if options.tiny else 1024
     longest = max(options.lengths) + 4096
-    setup = Setup(
-        OURS, options.host_gib, longest, longest, graphs=options.graphs, tiny=options.tiny, extra=options.extra
-    )
+    setup = Setup.of(options, OURS, longest, longest)
     engine = Engine(setup)
     prompts = Prompts(setup)
     documents = prompts.documents(max(options.lengths) // document, document)

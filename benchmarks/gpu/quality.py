@@ -277,6 +277,7 @@ def work(arguments: argparse.Namespace) -> None:
             graphs=arguments.graphs,
             tiny=arguments.cpu,
             dynamic=arguments.dynamic,
+            kv_cache_dtype=arguments.kv_cache_dtype,
             extra=json.dumps({f"lmcache.{key}": value for key, value in EXTRA.items()}),
         )
         engine = ModelEngine(setup, model, dtype="float32" if arguments.cpu else "bfloat16", gpu_memory_utilization=0.3)
@@ -304,6 +305,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="vLLM for CPUs, in float32: tries this script out")
     parser.add_argument("--library", action="store_true", help="also on transformers, on the CPU")
     add_graphs(parser)
+    parser.add_argument("--kv-cache-dtype", default="auto", help="vLLM's, such as fp8 (default %(default)s)")
     parser.add_argument("--dynamic", action="store_true", help="our own connector class instead of vLLM's wrapper")
     parser.add_argument("--limit", type=float, default=240, help="seconds for a variant, then it is ended")
     parser.add_argument("--variant", help=argparse.SUPPRESS)

@@ -74,6 +74,9 @@ TINY: dict[str, Any] = LLAMA_8B | {
 }
 
 
+SHARED_OPTIONS = ("graphs", "tiny", "dynamic", "extra", "kv_cache_dtype")
+
+
 @dataclass(frozen=True)
 class Setup:
     """How a vLLM is started. ``host_gib`` is the host memory that a connector may keep KV in."""
@@ -87,6 +90,21 @@ class Setup:
     tiny: bool = False
     dynamic: bool = False
     extra: str = "{}"
+    kv_cache_dtype: str = "auto"
+
+    @classmethod
+    def of(
+        cls,
+        options: argparse.Namespace,
+        variant: str,
+        max_tokens: int,
+        batched_tokens: int,
+        *,
+        prefix_caching: bool = True,
+    ) -> Setup:
+        """With what :func:`parser` has read."""
+        shared = {name: getattr(options, name) for name in SHARED_OPTIONS}
+        return cls(variant, options.host_gib, max_tokens, batched_tokens, prefix_caching, **shared)
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -95,6 +113,8 @@ class Setup:
     @property
     def kv_bytes_per_token(self) -> int:
         shape, size = self.shape, 4 if self.tiny else 2
+        if self.kv_cache_dtype.startswith("fp8"):
+            size = 1
         heads, layers = int(shape["num_key_value_heads"]), int(shape["num_hidden_layers"])
         return 2 * layers * heads * int(shape["head_dim"]) * size
 
@@ -104,18 +124,19 @@ class Setup:
         return int(self.host_gib * GIB) // self.kv_bytes_per_token
 
 
-PLAIN, OFFLOADING, OURS, PREFIX_ONLY, BLEND = "plain", "offloading", "ours", "prefix", "blend"
-WITH_BLENDING = (OURS, BLEND)
+PLAIN, OFFLOADING, OURS, SERVER, PREFIX_ONLY, BLEND = "plain", "offloading", "ours", "server", "prefix", "blend"
+WITH_BLENDING = (OURS, SERVER, BLEND)
 LABELS = {
     PLAIN: "plain vLLM",
     OFFLOADING: "OffloadingConnector",
     OURS: "ours",
+    SERVER: "ours, lmcache server",
     PREFIX_ONLY: "ours, prefixes only",
     BLEND: "ours, CacheBlend",
 }
 
 
-def transfer_options(setup: Setup) -> dict[str, Any] | None:
+def transfer_options(setup: Setup, server_socket: Path | None = None) -> dict[str, Any] | None:
     """Arguments of vLLM's ``KVTransferConfig``; None: no connector."""
     if setup.variant == PLAIN:
         return None
@@ -132,6 +153,7 @@ def transfer_options(setup: Setup) -> dict[str, Any] | None:
         "kv_connector_extra_config": {
             "lmcache.enable_blending": setup.variant in WITH_BLENDING,
             "lmcache.max_local_cpu_size": setup.host_gib,
+            **({} if server_socket is None else {"lmcache.server_socket": str(server_socket)}),
             **json.loads(setup.extra),
         },
     }
@@ -178,6 +200,7 @@ def parser(doc: str | None, variants: Sequence[str], host_gib: float) -> argpars
     add_graphs(found)
     found.add_argument("--dynamic", action="store_true", help="our own connector class instead of vLLM's wrapper")
     found.add_argument("--extra", default="{}", help="JSON: more of our configuration, as kv_connector_extra_config")
+    found.add_argument("--kv-cache-dtype", default="auto", help="vLLM's, such as fp8 (default %(default)s)")
     found.add_argument("--limit", type=float, default=240, help="seconds for a variant, then it is ended")
     found.add_argument("--tiny", action="store_true", help="two small layers on a CPU: only tries this script out")
     found.add_argument("--variant", help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
 """Seconds to first token of one request: plain vLLM, its OffloadingConnector and ours, one after the other.
 
-    python -m benchmarks.gpu.ttft [--lengths 4096,8192,16384,32768] [--runs 5] [--variants plain,offloading,ours]
+    python -m benchmarks.gpu.ttft [--lengths 4096,8192,16384,32768] [--runs 5] [--variants plain,offloading,ours,server]
 
 A prompt is 48 tokens of system prompt, documents of 1,024 tokens and a question of 32: 4,176, 8,272, 16,464 and 32,848
 tokens. ``cold`` was never seen; ``reload`` is the same prompt once more, after every store has ended and vLLM's own
@@ -8,7 +8,8 @@ prefix cache was emptied; ``reload, exact`` is one that asks for no blending, fo
 prompt, which fills no chunk, may be blended. The ``blend`` cells ask over known documents in a new order, each
 computed before alone behind the system prompt. Before anything is timed, a connector's host memory is filled once, so
 that it is pinned and full, as it is in a server that runs for a while. Of each cell one run ahead of ``--runs`` is not
-counted. ``--variants`` also knows ``prefix``: ours with CacheBlend off.
+counted. ``server`` is ours with an ``lmcache server``, a process of its own, in place of memory of the engine's own.
+``--variants`` also knows ``prefix``: ours with CacheBlend off.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from benchmarks.gpu.engine import Answer, Engine, started
 from benchmarks.gpu.prompts import QUESTION_TOKENS, SYSTEM_TOKENS, Prompts
-from benchmarks.gpu.setup import OFFLOADING, OURS, PLAIN, Setup, parser, whole_numbers
+from benchmarks.gpu.setup import OFFLOADING, OURS, PLAIN, SERVER, WITH_BLENDING, Setup, parser, whole_numbers
 from benchmarks.gpu.variants import Cell, replies, run_variants
 
 RELOAD, EXACT_RELOAD = "reload", "reload, exact"
@@ -49,7 +50,7 @@ def measure(engine: Engine, lengths: list[int], runs: int, document: int) -> Ite
         engine.fill(prompts.tokens, max(lengths))
     for length in lengths:
         yield from cold_and_reload(engine, prompts, length // document * document, runs, stores)
-    if engine.setup.variant == OURS:
+    if engine.setup.variant in WITH_BLENDING:
         yield from blends(engine, prompts, lengths, runs, document)
 
 
@@ -137,7 +138,7 @@ def line(cell: Cell) -> str:
 
 
 def main() -> None:
-    options = arguments(parser(__doc__, [PLAIN, OFFLOADING, OURS], host_gib=16))
+    options = arguments(parser(__doc__, [PLAIN, OFFLOADING, OURS, SERVER], host_gib=16))
     document = 512 if options.tiny else 1024
     longest = max(options.lengths) + 4096
     if options.variant is None:
@@ -149,21 +150,12 @@ def main() -> None:
             "tiny": options.tiny,
             "extra": options.extra,
             "dynamic": options.dynamic,
+            "kv_cache_dtype": options.kv_cache_dtype,
         }
         run_variants("ttft", options.variants, options.out, settings, options.limit, line)
         return
     reply = replies(options.limit)
-    setup = Setup(
-        options.variant,
-        options.host_gib,
-        longest,
-        longest,
-        graphs=options.graphs,
-        tiny=options.tiny,
-        dynamic=options.dynamic,
-        extra=options.extra,
-    )
-    engine = Engine(setup)
+    engine = Engine(Setup.of(options, options.variant, longest, longest))
     reply(started(engine))
     for found in measure(engine, options.lengths, options.runs, document):
         reply(found)

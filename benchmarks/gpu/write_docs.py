@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.plots import plot_poisson, plot_ttft
-from benchmarks.gpu.setup import GRAPH_LABELS, LABELS, OFFLOADING, OURS, PLAIN
+from benchmarks.gpu.setup import GRAPH_LABELS, LABELS, OFFLOADING, OURS, PLAIN, SERVER
 from benchmarks.gpu.ttft import BLENDS, EXACT_RELOAD, RELOAD
 
 ROOT = Path(__file__).parents[2]
@@ -119,8 +119,26 @@ def ttft(found: Found, name: str) -> list[str]:
             for cell in blended
         ]
         lines += ["### Where a blend's milliseconds go", *table(header, rows)]
+    lines += through_server(cells, lengths)
     plot_ttft(cells.all, IMAGES / f"{name}.png")
     return lines
+
+
+def through_server(cells: Cells, lengths: Sequence[int]) -> list[str]:
+    """The same cells with and without ``lmcache server``, side by side."""
+    kinds = [kind for kind in ("cold", RELOAD, *BLENDS) if any(cells.get(SERVER, kind, length) for length in lengths)]
+    if not kinds:
+        return []
+    rows = []
+    for length in lengths:
+        row = [f"{length:,}"]
+        for kind in kinds:
+            both = [cells.get(variant, kind, length) for variant in (OURS, SERVER)]
+            row.append(" / ".join("–" if cell is None else marked(f"{cell['seconds']:.3f}", cell) for cell in both))
+        rows.append(row)
+    header = ["tokens", *(kind.replace("cold", "new") for kind in kinds)]
+    note = "Each field: in the engine's own memory / in that of an `lmcache server`."
+    return ["### Through a server", "", note, *table(header, rows)]
 
 
 def floor(found: Found, tokens: int) -> str:
