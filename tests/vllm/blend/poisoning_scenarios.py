@@ -15,6 +15,7 @@ from unittest.mock import PropertyMock, patch
 
 from lmcache.cache_engine import LMCacheEngine
 from lmcache.integration.vllm.blend.block_hashes import SaltedBlockHashes
+from lmcache.integration.vllm.lost_loads import LostLoads
 from lmcache.integration.vllm.request_tracker import RequestTracker
 from tests.vllm.blend.serving_scenarios import CONFIG, FARTHEST, PLAIN, Library
 from tests.vllm.scenarios import leaked_references, shared_engines, shut_down, start_llm
@@ -175,10 +176,11 @@ def restarted(directory: str, prompts: list[list[int]], known: list[int]) -> dic
     return {"attacks": attacks, "exact": exact["reuse"]["reused_tokens"], "leaks": leaks}
 
 
-def prefix_in_flight(layerwise: bool = False, failing: bool = False) -> dict[str, Any]:
+def prefix_in_flight(layerwise: bool = False, failing: bool = False, computed: bool = True) -> dict[str, Any]:
     """The exact prefix of a blend is vLLM's by name, and is filled in the very step in which the blend begins.
 
-    The request in front of it computes it, or loads it: layer by layer, or ``failing``.
+    The request in front of it computes it, or loads it: layer by layer, or ``failing``, and then it is ``computed`` in
+    place of the load, or left to vLLM.
     """
     llm = start_llm(
         "built-in",
@@ -203,6 +205,8 @@ def prefix_in_flight(layerwise: bool = False, failing: bool = False) -> dict[str
     with ExitStack() as patches:
         if failing:
             patches.enter_context(patch.object(LMCacheEngine, "retrieve", side_effect=OSError("injected")))
+        if not computed:
+            patches.enter_context(patch.object(LostLoads, "_compute", side_effect=OSError("injected")))
         session.run()
     answer = session.finished["second"]
     leaks = leaked_references()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -24,6 +23,7 @@ from lmcache.integration.vllm.connector_metadata import (
 )
 from lmcache.integration.vllm.deferred_release import Releasable
 from lmcache.integration.vllm.layerwise import LayerwiseLoads
+from lmcache.integration.vllm.lost_loads import LostLoads
 from lmcache.integration.vllm.page_saves import PageSaves, slot_mapping
 from lmcache.integration.vllm.parallel.agreement import TensorParallelAgreement
 from lmcache.integration.vllm.parallel.planned_blends import take_blend
@@ -61,10 +61,9 @@ class WorkerSide:
         self._device = torch.device("cpu")
         self._meta: LMCacheConnectorMetadata | None = None
         self._blend_defaults: BlendDefaults | None = None
-        self._layerwise = LayerwiseLoads(self._load_failed)
+        self._lost = LostLoads(shared, vllm_config, agreement)
+        self._layerwise = LayerwiseLoads(self._lost.give_up)
         self._page_saves = PageSaves(shared, self._block_size)
-        self._lock = threading.Lock()
-        self._failed_blocks: set[int] = set()
         self._stats = StatsTeller(shared.metrics, of_requests=vllm_config.parallel_config.rank == 0)
 
     @property
@@ -82,6 +81,7 @@ class WorkerSide:
         """
         try:
             connector = self._connect(kv_caches)
+            self._lost.learn_pages(connector, list(kv_caches))
             self._engine.set_gpu_connector(connector)
             if self._shared.config.enable_blending:
                 self._find_blender(connector, list(kv_caches))
@@ -152,14 +152,15 @@ class WorkerSide:
     def start_load_kv(self, meta: LMCacheConnectorMetadata) -> None:
         if meta is not self._meta:
             self.bind_connector_metadata(meta)
+        self._lost.begin_step()
         for load in meta.asynchronous_loads:
             self._shared.loads.submit(load.req_id, partial(self._load, load, asynchronous=True))
         # Beside a GPU the host only keeps count of rows: to wake up other threads takes longer than to do it.
         with one_thread() if self._device.type == "cuda" else nullcontext():
-            for load in meta.loads:
+            if meta.loads:
                 # A blend stands on the whole prefix, which may be what another request loads.
                 layerwise = self._shared.config.use_layerwise and not meta.blends
-                self._load(load, layerwise=layerwise)
+                self._lost.compute(meta.loads, [not self._load(load, layerwise=layerwise) for load in meta.loads])
             if meta.blends:
                 with self.metrics.hooks.apart("blend"):
                     self._blend(meta.blends)
@@ -182,15 +183,12 @@ class WorkerSide:
         if meta is None or not (meta.saves or meta.segment_saves):
             return
         written = self._queued_work()
-        with self._lock:
-            failed_blocks = set(self._failed_blocks)
         for save in meta.saves:
-            # Behind a failed load this forward computed on pages that were not filled; vLLM does it again.
-            if save.req_id in self._shared.failed_loads or not failed_blocks.isdisjoint(save.block_ids):
-                continue
-            self._shared.saves.submit(save.req_id, save.keys, partial(self._page_saves.save, save, written))
+            # Behind a failed load this forward may have computed on pages that were not filled.
+            if not self._lost.spoils(save.req_id, save.block_ids):
+                self._shared.saves.submit(save.req_id, save.keys, partial(self._page_saves.save, save, written))
         for segments in meta.segment_saves:
-            if segments.req_id not in self._shared.failed_loads and failed_blocks.isdisjoint(segments.block_ids):
+            if not self._lost.spoils(segments.req_id, segments.block_ids):
                 self._shared.saves.submit(
                     segments.req_id, (), partial(self._page_saves.save_segments, segments, written)
                 )
@@ -201,9 +199,7 @@ class WorkerSide:
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that were promised and could not be filled: vLLM computes them."""
-        with self._lock:
-            failed, self._failed_blocks = self._failed_blocks, set()
-        return failed
+        return self._lost.take_blocks()
 
     @never_raise(list)
     def get_kv_events(self) -> Iterable[CacheStoreEvent]:
@@ -214,23 +210,17 @@ class WorkerSide:
         return self._stats.since_last()
 
     def _end_loads(self, meta: LMCacheConnectorMetadata | None) -> None:
-        """What another rank could not load is lost here too: this forward has added up what all of them computed."""
         try:
             self._layerwise.finish()
         except Exception as error:  # the other ranks wait for us
             report_failure(self.metrics, "end_loads", error)
-        if self._agreement is None or meta is None or not (meta.loads or meta.blends):
-            return
-        loads = [*meta.loads, *map(self._as_load, meta.blends)]
-        failed, agreement = self._shared.failed_loads, self._agreement
-        for load, lost in zip(loads, agreement.any_rank([load.req_id in failed for load in loads]), strict=True):
-            if lost and load.req_id not in failed:
-                self._shared.blend_reports.pop(load.req_id, None)
-                self._give_up(load)
+        if meta is not None:
+            self._lost.agree([*meta.loads, *(self._as_load(op, None) for op in meta.blends)])
 
     @Range("load")
-    def _load(self, op: LoadOp, *, layerwise: bool = False, asynchronous: bool = False) -> None:
-        """Fill the pages of ``op``: queue it on the device, or, ``asynchronous``, see it done."""
+    def _load(self, op: LoadOp, *, layerwise: bool = False, asynchronous: bool = False) -> bool:
+        """Fill the pages of ``op``: queue it on the device, or, ``asynchronous``, see it done. Whether that went well;
+        one that is ``asynchronous`` is given up if not."""
         lease = self._shared.handed_over.pop(op.lease, None)
         try:
             if lease is None:
@@ -243,7 +233,7 @@ class WorkerSide:
             if layerwise:
                 steps = self._engine.retrieve_layer(tokens, wanted, slot_mapping=slots, lease=lease)
                 self._layerwise.start(op, lease, steps)
-                return
+                return True
             found = int(self._engine.retrieve(tokens, wanted, slot_mapping=slots, lease=lease).sum())
             if found < end - op.start:
                 raise RuntimeError(f"{found} of {end - op.start} promised tokens could be loaded")
@@ -253,7 +243,12 @@ class WorkerSide:
         except Exception as error:
             if lease is not None:
                 self._release(lease)
-            self._load_failed(op, error)
+            if asynchronous:  # beside a forward nothing can be computed; vLLM has not begun with the request
+                self._lost.give_up(op, error)
+            else:
+                report_failure(self.metrics, "load", error)
+            return False
+        return True
 
     def _release(self, lease: Releasable) -> None:
         """Give ``lease`` back when what is queued on the device now is done: until then it may be read."""
@@ -264,7 +259,7 @@ class WorkerSide:
 
     @Range("blend")
     def _blend(self, ops: list[BlendOp]) -> None:
-        """Fill the pages of ``ops``; one that fails is computed by vLLM, as after a load that failed."""
+        """Fill the pages of ``ops``; one that fails is computed whole."""
         prepared = self._prepared(ops)
         try:
             requests = [
@@ -285,9 +280,10 @@ class WorkerSide:
                 self._count_blend(op.req_id, prepared[op.req_id], outcome)
                 continue
             self.metrics.blend_fallback("error" if outcome is not None else "prefix_load")
-            self._load_failed(
-                self._as_load(op), outcome or RuntimeError("the prefix in front of a blend could not be loaded")
-            )
+            lost = outcome or RuntimeError("the prefix in front of a blend could not be loaded")
+            report_failure(self.metrics, "load", lost)
+        whole = [self._as_load(op, prepared.get(op.req_id)) for op in ops]
+        self._lost.compute(whole, [not isinstance(done.get(op.req_id), BlendReport) for op in ops])
 
     def _prepared(self, ops: list[BlendOp]) -> dict[str, PreparedBlend]:
         """By request. One that is missing has lost what it was promised."""
@@ -301,21 +297,19 @@ class WorkerSide:
 
     def _possible(self, ops: list[BlendOp], prepared: dict[str, PreparedBlend]) -> list[BlendOp]:
         """Those whose passages are held and whose prefix is in place, in every rank: their forwards are one."""
-        with self._lock:
-            failed_blocks = set(self._failed_blocks)  # of a prefix that another request has loaded, too
-        lost = [
-            op.req_id not in prepared
-            or op.req_id in self._shared.failed_loads
-            or not failed_blocks.isdisjoint(op.block_ids)
-            for op in ops
-        ]
+        # Of a prefix that another request has loaded, too.
+        lost = [op.req_id not in prepared or self._lost.is_given_up(op.req_id, op.block_ids) for op in ops]
         if self._agreement is not None:
             lost = self._agreement.any_rank(lost)
         return [op for op, is_lost in zip(ops, lost, strict=True) if not is_lost]
 
-    def _as_load(self, op: BlendOp) -> LoadOp:
-        """The blocks that ``op`` was to fill."""
-        return LoadOp(op.req_id, [], op.exact_tokens, len(op.block_ids) * self._block_size, op.block_ids)
+    def _as_load(self, op: BlendOp, prepared: PreparedBlend | None) -> LoadOp:
+        """What ``op`` was to fill, as far as its tokens are known; the last one is vLLM's own."""
+        known = prepared or op.planned
+        if known is None:
+            return LoadOp(op.req_id, [], op.exact_tokens, len(op.block_ids) * self._block_size, op.block_ids)
+        tokens = known.token_ids[:-1]
+        return LoadOp(op.req_id, tokens, op.exact_tokens, len(tokens), op.block_ids)
 
     def _slots_of(self, op: BlendOp, prepared: PreparedBlend) -> torch.Tensor:
         return slot_mapping(op.block_ids, len(prepared.token_ids), self._block_size)
@@ -330,15 +324,6 @@ class WorkerSide:
                 self.metrics.blend_fallback("passage_load")
         except Exception as error:  # the blend itself is done
             report_failure(self.metrics, "blend_report", error)
-
-    def _load_failed(self, op: LoadOp, error: Exception) -> None:
-        self._give_up(op)
-        report_failure(self.metrics, "load", error)
-
-    def _give_up(self, op: LoadOp) -> None:
-        with self._lock:
-            self._failed_blocks.update(op.block_ids[op.start // self._block_size : -(-op.end // self._block_size)])
-        self._shared.failed_loads.add(op.req_id)
 
     def _queued_work(self) -> Callable[[], None]:
         """A call that returns once everything queued on the device so far is done; on the CPU it is."""

@@ -34,6 +34,7 @@ from lmcache.integration.vllm.blend.host import VLLMHost, VLLMModel
 from lmcache.integration.vllm.blend.model_finder import find_model
 from lmcache.integration.vllm.blend.scheduling import PreparedBlend
 from lmcache.integration.vllm.blend.scoring import Scoring
+from lmcache.keys import Tokens
 from lmcache.memory.int_tensor import int_tensor
 from lmcache.observability.logging import init_logger
 from lmcache.paging.paged_connector import PagedConnector
@@ -170,6 +171,28 @@ class Blender:
         ahead, self._ahead = self._ahead, None
         alone = ahead is not None and len(group) == 1 and group[0].prepared is ahead[0]
         return ahead[1] if ahead is not None and alone else None
+
+    @torch.inference_mode()
+    def compute(self, token_ids: Tokens, slots: torch.Tensor, start: int) -> None:
+        """Fill the pages of a prompt as vLLM itself would: compute the KV of ``token_ids`` from ``start`` on.
+
+        Args:
+            slots: int64, on the CPU: where the KV of each token belongs. That of the first ``start`` is there.
+        """
+        prompt = PagedPrompt(len(token_ids), slots, start, passages=(), ratio=0.0)
+        blend_pages(
+            VLLMHost(self._model, [int_tensor(token_ids)]),
+            self._connector,
+            [prompt],
+            self._ropes,
+            make_policy("none"),
+            make_corrector("none"),
+            max_rows=self._max_rows,
+            room=self._room,
+            ring=self._ring,
+            dense=self._dense,
+            fp8=self._pages_now(),
+        )
 
     @torch.inference_mode()
     def run(self, requests: Sequence[PagedRequest]) -> dict[str, BlendReport | Exception]:

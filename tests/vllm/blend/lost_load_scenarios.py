@@ -1,0 +1,103 @@
+"""What was promised does not come: see :mod:`tests.vllm.harness`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from lmcache.cache_engine import LMCacheEngine
+from lmcache.integration.vllm.blend.blender import Blender
+from lmcache.integration.vllm.lost_loads import LostLoads
+from tests.vllm.blend.serving_scenarios import CONFIG, OPTIONS, PLAIN, Library
+from tests.vllm.scenarios import generate, leaked_references, shared_engines, shut_down, start_llm
+
+KEPT = {"lmcache.blend": False}
+BLENDED = {"lmcache.blend_ratio": 0.15, "lmcache.skip_save": True}
+TOKENS = 24
+
+
+def lost(blending: bool) -> dict[str, Any]:
+    """A prefix, and with ``blending`` passages behind one, cannot be loaded in the step that was to load them.
+
+    By vLLM's own wrapper, which loads in the step. (Ours loads before the request's first, and what fails then vLLM
+    computes rightly.) ``left_to_vllm``: blocks that vLLM was asked to compute. "nothing done": where nobody does
+    anything about it.
+    """
+    llm = start_llm(
+        "built-in",
+        {**CONFIG, "enable_blending": blending},
+        **OPTIONS,
+        max_num_batched_tokens=512,  # the pages are filled in pieces
+        enable_prefix_caching=True,
+    )
+    library = Library(llm)
+    library.warm(llm)
+    known = [*library.system, *library.documents[3]]
+    begun = llm.get_tokenizer().encode(" Shelf")  # of the answer, which ends at once otherwise
+    prompts = {"prefix": [*library.prompt(), *begun]}
+    generate(llm, [prompts["prefix"]], 1, KEPT)
+    if blending:
+        prompts["passages"] = [*library.prompt(), *begun]
+        generate(llm, [known], 1, KEPT)
+        prompts["passages behind a prefix"] = [
+            *known,
+            *library.documents[1],
+            *library.documents[2],
+            *known[-12:],
+            *begun,
+        ]
+    (shared,) = shared_engines()
+    shared.saves.wait()
+    answers: dict[str, Any] = {}
+    left: list[int] = []
+    take = LostLoads.take_blocks
+
+    def taken(self: LostLoads) -> set[int]:
+        blocks = take(self)
+        left.extend(blocks)
+        return blocks
+
+    for name, prompt in prompts.items():
+        params = KEPT if name == "prefix" else BLENDED
+        _forget(llm)
+        answers[name] = {"expected": generate(llm, [prompt], TOKENS, PLAIN)[0]}
+        for outcome in ("hurt", "nothing done"):
+            _forget(llm)
+            with ExitStack() as patches:
+                patches.enter_context(patch.object(LMCacheEngine, "retrieve", side_effect=OSError("injected")))
+                patches.enter_context(patch.object(Blender, "_blend", side_effect=OSError("injected")))
+                patches.enter_context(patch.object(LostLoads, "take_blocks", taken))
+                if outcome == "nothing done":
+                    patches.enter_context(patch.object(LostLoads, "_compute", _leave_noise))
+                answers[name][outcome] = generate(llm, [prompt], TOKENS, {**params, "lmcache.skip_save": True})[0]
+        _forget(llm)
+        answers[name]["healed"] = generate(llm, [prompt], TOKENS, {**params, "lmcache.skip_save": True})[0]
+    leaks = leaked_references()
+    counted = {name: value for name, value in shared.metrics.snapshot().items() if "failure" in name}
+    shut_down(llm)
+    return {"answers": answers, "left_to_vllm": left, "leaks": leaks, "counted": counted}
+
+
+def _leave_noise(lost_loads: LostLoads, _: object) -> None:
+    """Pages may still hold what is wanted, of an earlier request."""
+    assert lost_loads._pages is not None
+    for pages in lost_loads._pages[0].tensors:
+        pages.normal_()
+
+
+def _forget(llm: Any) -> None:
+    while not llm.reset_prefix_cache():
+        llm.llm_engine.step()
+
+
+def main() -> None:
+    name, arguments, result = sys.argv[1:]
+    Path(result).write_text(json.dumps(globals()[name](**json.loads(arguments))))
+
+
+if __name__ == "__main__":
+    main()
