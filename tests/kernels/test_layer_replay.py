@@ -145,6 +145,19 @@ def test_replayed_layers_hold_the_same(layout: str, policy: str, corrector: str,
     assert same(replayed, blended(layout, None, policy, corrector, max_rows))
 
 
+def test_what_looks_at_the_layers_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[Any] = []
+    record = LayerReplays._record
+
+    def noted(self: LayerReplays, layer: Any, take: Any, attention: Any) -> Any:
+        kinds.append((take.__name__ if hasattr(take, "__name__") else "", attention is not None))
+        return record(self, layer, take, attention)
+
+    monkeypatch.setattr(LayerReplays, "_record", noted)
+    blended(LAYOUTS[0], Repeats())
+    assert ("_nothing", True) in kinds
+
+
 def test_a_layer_that_is_replayed_in_the_wrong_pages_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = LayerReplays.__init__
 

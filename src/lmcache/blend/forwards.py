@@ -7,7 +7,7 @@ an earlier forward computed stays in the KV, so a later one finds the layers tha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import ClassVar, NamedTuple, TypeAlias, TypeVar
 
@@ -110,16 +110,21 @@ class BlendForward(ABC):
             take(layer)
             self.leave(piece, layer, fresh)
             raise StopForward
-        if not self.alike or sinks is not None or len(q) > _MOST_ALIKE_ROWS:
+        if (kind := self._kind(piece, fresh)) is None:
             take(layer)
             out = attention(layer)
         else:
-            # Kernels are given addresses: work is alike only where the fresh rows lie in the same memory.
-            where = [(x.data_ptr(), x.stride()) for x in (q, k, v)]
-            kind = (piece.number, scale, sliding_window, softcap, *where)
             out = self.kv.run_alike(kind, layer, take, attention)
         self.leave(piece, layer, fresh)
         return out
+
+    def _kind(self, piece: Piece, fresh: Fresh) -> Hashable | None:
+        """The same for layers in which the same work is to be done; None where it is never the same."""
+        if not self.alike or fresh.scoring.sinks is not None or len(fresh.q) > _MOST_ALIKE_ROWS:
+            return None
+        # Kernels are given addresses: work is alike only where the fresh rows lie in the same memory.
+        where = [(x.data_ptr(), x.stride()) for x in (fresh.q, fresh.k, fresh.v)]
+        return piece.number, fresh.scoring, fresh.sliding_window, *where
 
     def _attention(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> torch.Tensor:
         q, masks = fresh.q, piece.masks(fresh.sliding_window, fresh.q.device)

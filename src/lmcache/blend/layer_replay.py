@@ -80,6 +80,7 @@ class LayerReplays:
         recorded = self._recorded.get(kind)
         if recorded is None:
             take(layer)
+            layer.used_engines_attention = False
             outcome = attention(layer)
             self._seen[kind] = not layer.used_engines_attention
             return outcome

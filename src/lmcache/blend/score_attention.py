@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -73,14 +74,24 @@ class ScoreAttention(BlendForward):
         key = piece, fresh.sliding_window
         if key not in self._asking:
             self._asking[key] = self._who_asks(piece, fresh)
-        for queries, keys, mask, share in self._asking[key]:
-            by_head = layer.attention_received(fresh.q[queries], keys, mask, fresh.scoring)
-            score = by_head.mean(0) if self._heads == "mean" else by_head.amax(0)
+        if asking := self._asking[key]:
             if self._received is None:
-                self._received = torch.zeros(self.batch.num_rows, device=score.device)
-            self._received[keys].add_(score, alpha=share / len(self._layers))
+                self._received = torch.zeros(self.batch.num_rows, device=fresh.q.device)
+            look = partial(self._look, asking, fresh, self._received)
+            kind = self._kind(piece, fresh)
+            if kind is None:
+                look(layer)
+            else:
+                self.kv.run_alike(("look", kind), layer, _nothing, look)
         if layer.layer_id == self._last_look and piece.last and self._received is not None:
             self._send(self._received)
+
+    def _look(self, asking: list[_Asking], fresh: Fresh, received: torch.Tensor, layer: LayerKV) -> torch.Tensor:
+        for queries, keys, mask, share in asking:
+            by_head = layer.attention_received(fresh.q[queries], keys, mask, fresh.scoring)
+            score = by_head.mean(0) if self._heads == "mean" else by_head.amax(0)
+            received[keys].add_(score, alpha=share / len(self._layers))
+        return received
 
     @property
     def received(self) -> torch.Tensor:
@@ -115,3 +126,7 @@ class ScoreAttention(BlendForward):
     def _num_asking(self, part: Part) -> int:
         end = part.keys.stop
         return sum(int(((piece.rows >= end - self._span) & (piece.rows < end)).sum()) for piece in self.pieces)
+
+
+def _nothing(_: LayerKV) -> None:
+    """A look changes nothing."""
