@@ -110,7 +110,8 @@ def ttft(found: Found, name: str) -> list[str]:
         for length in lengths
     ]
     lines += ["### Known documents in a new order", *table(header, rows)]
-    blended = [cell for kind in BLENDS for cell in cells.all if cell["kind"] == kind and cell["milliseconds"]]
+    ours = [cell for cell in cells.all if cell["variant"] == OURS and cell["milliseconds"]]
+    blended = [cell for kind in BLENDS for cell in ours if cell["kind"] == kind]
     if blended:
         phases = list(blended[0]["milliseconds"])
         header = ["blend", "tokens", *phases]
@@ -231,6 +232,9 @@ def section(benchmark: str, files: dict[str, Found]) -> str:
     if not mine:
         return "Not measured yet."
     parts = ["\n".join(SECTIONS[benchmark](found, f"gpu-{name}")).strip() for name, found in mine.items()]
+    if len(parts) > 1:
+        machines = (found["machine"].partition(",")[0] for found in mine.values())
+        parts = [f"### {name}\n\n{part.replace('### ', '#### ')}" for name, part in zip(machines, parts, strict=True)]
     return "\n\n".join(parts)
 
 
