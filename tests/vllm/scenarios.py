@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -362,6 +363,48 @@ def failed_load() -> dict[str, Any]:
     plain = generate(llm, [long], params={"lmcache.skip_load": True, "lmcache.skip_save": True})
     shut_down(llm)
     return {"hurt": hurt, "again": again, "plain": plain}
+
+
+def layerwise(hooks: bool) -> dict[str, Any]:
+    """A prompt is loaded by layers; without ``hooks`` in a step whose forward would be replayed as one graph."""
+    from vllm.config import CUDAGraphMode
+
+    from lmcache.integration.vllm import vllm_v1_adapter
+    from lmcache.integration.vllm.layerwise import LayerwiseLoads, calls_layer_hooks
+
+    llm = start_llm("built-in", {"use_layerwise": True})
+    (prompt,) = prose_prompts(llm, [600])
+    expected = generate(llm, [prompt])
+    (shared,) = shared_engines()
+    shared.saves.wait()
+    started, start = [], LayerwiseLoads.start
+
+    def noted(loads: LayerwiseLoads, *args: Any) -> None:
+        started.append(1)
+        start(loads, *args)
+
+    def calls(context: Any) -> bool:
+        return calls_layer_hooks(context if hooks else SimpleNamespace(**modes["full"]))
+
+    modes = {
+        "full": {"attn_metadata": {}, "cudagraph_runtime_mode": CUDAGraphMode.FULL},
+        "piecewise": {"attn_metadata": {}, "cudagraph_runtime_mode": CUDAGraphMode.PIECEWISE},
+        "no forward": {"attn_metadata": None, "cudagraph_runtime_mode": CUDAGraphMode.NONE},
+    }
+    with (
+        patch.object(LayerwiseLoads, "start", noted),
+        patch.object(vllm_v1_adapter, "calls_layer_hooks", calls),
+    ):
+        again = generate(llm, [prompt])
+    leaks = leaked_references()
+    shut_down(llm)
+    return {
+        "expected": expected,
+        "again": again,
+        "by_layers": len(started),
+        "calls": {name: calls_layer_hooks(SimpleNamespace(**mode)) for name, mode in modes.items()},
+        "leaks": leaks,
+    }
 
 
 def observability(connector: str) -> dict[str, Any]:

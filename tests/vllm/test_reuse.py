@@ -85,6 +85,17 @@ def test_layerwise_loads_give_the_same_text(tmp_path: Path) -> None:
     assert served["leaks"] == []
 
 
+@pytest.mark.parametrize("hooks", [True, False])
+def test_a_forward_that_is_replayed_whole_finds_its_layers_loaded(hooks: bool) -> None:
+    """No hook is called then, and on a GPU vLLM would answer wrongly if it were told of that afterwards."""
+    served = run("layerwise", hooks=hooks)
+    assert served["calls"] == {"full": False, "piecewise": True, "no forward": False}
+    assert served["by_layers"] == int(hooks)
+    assert tokens(served["again"]) == tokens(served["expected"])
+    assert served["again"][0]["reuse"]["reused_tokens"] == 512
+    assert served["leaks"] == []
+
+
 def test_unfull_chunks_and_generated_tokens_can_be_kept() -> None:
     config = {"save_unfull_chunk": True, "save_decode_cache": True}
     without = run("plain", lengths=[300, 700], dtype="float32")

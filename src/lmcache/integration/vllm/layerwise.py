@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from lmcache.integration.vllm.connector_metadata import LoadOp
 from lmcache.lease import PrefixLease
+
+if TYPE_CHECKING:
+    from vllm.forward_context import ForwardContext
+
+
+def calls_layer_hooks(context: ForwardContext) -> bool:
+    """Whether the forward of ``context`` asks for each layer: a full CUDA graph is replayed without, and so is a step
+    that computes nothing."""
+    from vllm.config import CUDAGraphMode
+
+    return context.attn_metadata is not None and context.cudagraph_runtime_mode != CUDAGraphMode.FULL
 
 
 @dataclass
@@ -22,8 +34,8 @@ class _Load:
 class LayerwiseLoads:
     """The loads of one step, advanced by vLLM's per-layer hook.
 
-    A load that fails, or whose hooks never came (a full CUDA graph replays without them), goes to ``on_failure``: the
-    forward has then run on pages that were not filled, and vLLM must compute those blocks again.
+    A load that fails, or whose hooks never came against :func:`calls_layer_hooks`, goes to ``on_failure``: the forward
+    has then run on pages that were not filled, and vLLM must compute those blocks again.
     """
 
     def __init__(self, on_failure: Callable[[LoadOp, Exception], None]) -> None:

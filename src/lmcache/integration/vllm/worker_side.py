@@ -149,7 +149,8 @@ class WorkerSide:
             self._shared.saves.free_when_done(req_id)
 
     @never_raise(lambda: None)
-    def start_load_kv(self, meta: LMCacheConnectorMetadata) -> None:
+    def start_load_kv(self, meta: LMCacheConnectorMetadata, *, layer_hooks: bool = False) -> None:
+        """``layer_hooks``: :meth:`wait_for_layer_load` will be called for each layer of this step's forward."""
         if meta is not self._meta:
             self.bind_connector_metadata(meta)
         self._lost.begin_step()
@@ -159,7 +160,7 @@ class WorkerSide:
         with one_thread() if self._device.type == "cuda" else nullcontext():
             if meta.loads:
                 # A blend stands on the whole prefix, which may be what another request loads.
-                layerwise = self._shared.config.use_layerwise and not meta.blends
+                layerwise = self._shared.config.use_layerwise and layer_hooks and not meta.blends
                 self._lost.compute(meta.loads, [not self._load(load, layerwise=layerwise) for load in meta.loads])
             if meta.blends:
                 with self.metrics.hooks.apart("blend"):
