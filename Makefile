@@ -68,8 +68,9 @@ test-vllm: test-vllm-rest test-vllm-blend test-vllm-ranks ## the tests on a real
 test-vllm-rest: $(SET_UP)
 	$(BIN)/python -m pytest -m vllm --ignore=tests/vllm/blend --ignore=tests/vllm/tensor_parallel
 
-test-vllm-blend: $(SET_UP)
-	$(BIN)/python -m pytest -m vllm tests/vllm/blend
+# Some run vLLM as it is on a GPU, with the Triton of the environment for SGLang.
+test-vllm-blend: $(SET_UP) $(SET_UP_SGLANG)
+	SGLANG_PYTHON=$(abspath $(SGLANG_BIN))/python $(BIN)/python -m pytest -m vllm tests/vllm/blend
 
 test-vllm-ranks: $(SET_UP)
 	$(BIN)/python -m pytest -m vllm tests/vllm/tensor_parallel

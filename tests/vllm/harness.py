@@ -46,16 +46,20 @@ def run(
     timeout: float = 900,
     environ: dict[str, str] | None = None,
     fresh: bool = False,
+    second_runner: bool = False,
     **arguments: Any,
 ) -> Any:
     """The result of ``module.<scenario>(**arguments)``; AssertionError with the log's tail when it failed.
 
     ``fresh``: in a Python that shares nothing with that of another scenario, not even the seed of ``hash``, and ends as
-    one does.
+    one does. ``second_runner``: see :mod:`tests.vllm.second_runner`; all scenarios are run so where the environment has
+    ``VLLM_TESTS_ON_SECOND_RUNNER``.
     """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "result.json")
         asked = [scenario, json.dumps(arguments), str(result)]
+        if second_runner or "VLLM_TESTS_ON_SECOND_RUNNER" in os.environ:
+            module, asked, fresh = "tests.vllm.second_runner", [module, *asked], True
         log = run_module(module, asked, environ=environ, timeout=timeout, fresh=fresh)
         answer = json.loads(result.read_text())
         answer["log"] = log

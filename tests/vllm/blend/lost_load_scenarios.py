@@ -20,12 +20,12 @@ BLENDED = {"lmcache.blend_ratio": 0.15, "lmcache.skip_save": True}
 TOKENS = 24
 
 
-def lost(blending: bool) -> dict[str, Any]:
+def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
     """A prefix, and with ``blending`` passages behind one, cannot be loaded in the step that was to load them.
 
     By vLLM's own wrapper, which loads in the step. (Ours loads before the request's first, and what fails then vLLM
-    computes rightly.) ``left_to_vllm``: blocks that vLLM was asked to compute. "nothing done": where nobody does
-    anything about it.
+    computes rightly.) Outcomes besides "healed": "hurt", as it is; "nothing done" about it by anybody; "left to vLLM",
+    which is told of it after its forward. ``left``: how many blocks vLLM was told of, by outcome.
     """
     llm = start_llm(
         "built-in",
@@ -53,33 +53,36 @@ def lost(blending: bool) -> dict[str, Any]:
     (shared,) = shared_engines()
     shared.saves.wait()
     answers: dict[str, Any] = {}
-    left: list[int] = []
+    left = dict.fromkeys(outcomes, 0)
     take = LostLoads.take_blocks
-
-    def taken(self: LostLoads) -> set[int]:
-        blocks = take(self)
-        left.extend(blocks)
-        return blocks
 
     for name, prompt in prompts.items():
         params = KEPT if name == "prefix" else BLENDED
         _forget(llm)
         answers[name] = {"expected": generate(llm, [prompt], TOKENS, PLAIN)[0]}
-        for outcome in ("hurt", "nothing done"):
+        for outcome in outcomes:
             _forget(llm)
+
+            def taken(lost_loads: LostLoads, outcome: str = outcome) -> set[int]:
+                blocks = take(lost_loads)
+                left[outcome] += len(blocks)
+                return blocks
+
             with ExitStack() as patches:
                 patches.enter_context(patch.object(LMCacheEngine, "retrieve", side_effect=OSError("injected")))
                 patches.enter_context(patch.object(Blender, "_blend", side_effect=OSError("injected")))
                 patches.enter_context(patch.object(LostLoads, "take_blocks", taken))
                 if outcome == "nothing done":
                     patches.enter_context(patch.object(LostLoads, "_compute", _leave_noise))
+                if outcome == "left to vLLM":
+                    patches.enter_context(patch.object(LostLoads, "_compute", side_effect=OSError("injected")))
                 answers[name][outcome] = generate(llm, [prompt], TOKENS, {**params, "lmcache.skip_save": True})[0]
         _forget(llm)
         answers[name]["healed"] = generate(llm, [prompt], TOKENS, {**params, "lmcache.skip_save": True})[0]
     leaks = leaked_references()
     counted = {name: value for name, value in shared.metrics.snapshot().items() if "failure" in name}
     shut_down(llm)
-    return {"answers": answers, "left_to_vllm": left, "leaks": leaks, "counted": counted}
+    return {"answers": answers, "left": left, "leaks": leaks, "counted": counted}
 
 
 def _leave_noise(lost_loads: LostLoads, _: object) -> None:

@@ -35,8 +35,9 @@ def same(expected: dict[str, Any], answer: dict[str, Any]) -> bool:
     )
 
 
-def test_a_blend_that_is_preempted_and_resumed_stays_out_of_exact_caches() -> None:
-    found = run("preempted", module=MODULE, defended=True)
+@pytest.mark.parametrize("second_runner", [False, True])
+def test_a_blend_that_is_preempted_and_resumed_stays_out_of_exact_caches(second_runner: bool) -> None:
+    found = run("preempted", module=MODULE, defended=True, second_runner=second_runner)
     assert found["preempted"] > 0
     assert found["blended"] == 1
     assert spoilt(found) == set()
