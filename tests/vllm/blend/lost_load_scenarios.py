@@ -13,7 +13,7 @@ from lmcache.cache_engine import LMCacheEngine
 from lmcache.integration.vllm.blend.blender import Blender
 from lmcache.integration.vllm.lost_loads import LostLoads
 from tests.vllm.blend.serving_scenarios import CONFIG, OPTIONS, PLAIN, Library
-from tests.vllm.scenarios import generate, leaked_references, shared_engines, shut_down, start_llm
+from tests.vllm.scenarios import forget, generate, leaked_references, shared_engines, shut_down, start_llm
 
 KEPT = {"lmcache.blend": False}
 BLENDED = {"lmcache.blend_ratio": 0.15, "lmcache.skip_save": True}
@@ -58,10 +58,10 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
 
     for name, prompt in prompts.items():
         params = KEPT if name == "prefix" else BLENDED
-        _forget(llm)
+        forget(llm)
         answers[name] = {"expected": generate(llm, [prompt], TOKENS, PLAIN)[0]}
         for outcome in outcomes:
-            _forget(llm)
+            forget(llm)
 
             def taken(lost_loads: LostLoads, outcome: str = outcome) -> set[int]:
                 blocks = take(lost_loads)
@@ -77,7 +77,7 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
                 if outcome == "left to vLLM":
                     patches.enter_context(patch.object(LostLoads, "_compute", side_effect=OSError("injected")))
                 answers[name][outcome] = generate(llm, [prompt], TOKENS, {**params, "lmcache.skip_save": True})[0]
-        _forget(llm)
+        forget(llm)
         answers[name]["healed"] = generate(llm, [prompt], TOKENS, {**params, "lmcache.skip_save": True})[0]
     leaks = leaked_references()
     counted = {name: value for name, value in shared.metrics.snapshot().items() if "failure" in name}
@@ -90,11 +90,6 @@ def _leave_noise(lost_loads: LostLoads, _: object) -> None:
     assert lost_loads._pages is not None
     for pages in lost_loads._pages[0].tensors:
         pages.normal_()
-
-
-def _forget(llm: Any) -> None:
-    while not llm.reset_prefix_cache():
-        llm.llm_engine.step()
 
 
 def main() -> None:
