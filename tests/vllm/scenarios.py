@@ -378,7 +378,7 @@ def layerwise(hooks: bool) -> dict[str, Any]:
     """A prompt is loaded by layers; without ``hooks`` in a step whose forward would be replayed as one graph."""
     from vllm.config import CUDAGraphMode
 
-    from lmcache.integration.vllm import vllm_v1_adapter
+    from lmcache.integration.vllm import worker_side
     from lmcache.integration.vllm.layerwise import LayerwiseLoads, calls_layer_hooks
 
     llm = start_llm("built-in", {"use_layerwise": True})
@@ -402,7 +402,7 @@ def layerwise(hooks: bool) -> dict[str, Any]:
     }
     with (
         patch.object(LayerwiseLoads, "start", noted),
-        patch.object(vllm_v1_adapter, "calls_layer_hooks", calls),
+        patch.object(worker_side, "calls_layer_hooks", calls),
     ):
         again = generate(llm, [prompt])
     leaks = leaked_references()

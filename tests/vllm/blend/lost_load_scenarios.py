@@ -85,6 +85,36 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
     return {"answers": answers, "left": left, "leaks": leaks, "counted": counted}
 
 
+def picture() -> dict[str, Any]:
+    """A load of a prompt with a picture fails, as far as the worker role is told."""
+    from lmcache.integration.vllm.connector_metadata import LoadOp
+
+    llm = start_llm("built-in", {"chunk_size": 64}, **OPTIONS)
+    prompt = Library(llm).prompt()
+    generate(llm, [prompt], 1)
+    (shared,) = shared_engines()
+    shared.saves.wait()
+    left, computed = [], []
+    take, make = LostLoads.take_blocks, LoadOp.__init__
+
+    def taken(lost_loads: LostLoads) -> set[int]:
+        left.extend(blocks := take(lost_loads))
+        return blocks
+
+    def with_picture(op: LoadOp, *args: Any, **fields: Any) -> None:
+        make(op, *args, **{**fields, "tokens_say_all": False})
+
+    with (
+        patch.object(LMCacheEngine, "retrieve", side_effect=OSError("injected")),
+        patch.object(LostLoads, "take_blocks", taken),
+        patch.object(LoadOp, "__init__", with_picture),
+        patch.object(Blender, "compute", lambda *_: computed.append(1)),
+    ):
+        generate(llm, [prompt], 1)
+    shut_down(llm)
+    return {"left": len(left), "computed": len(computed)}
+
+
 def _leave_noise(lost_loads: LostLoads, _: object) -> None:
     """Pages may still hold what is wanted, of an earlier request."""
     assert lost_loads._pages is not None

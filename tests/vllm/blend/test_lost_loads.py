@@ -46,3 +46,10 @@ def test_what_does_not_come_is_computed_for_a_vllm_as_on_a_gpu() -> None:
     # The day on which these are alike, vLLM has mended it.
     for name, answer in served["answers"].items():
         assert answer["left to vLLM"]["tokens"] != answer["expected"]["tokens"], name
+
+
+def test_what_hangs_on_more_than_tokens_is_left_to_vllm() -> None:
+    """Of a prompt with pictures the tokens are placeholders: computed from them alone, its KV would be another."""
+    served = run("picture", module=MODULE)
+    assert served["computed"] == 0
+    assert served["left"] > 0

@@ -16,7 +16,8 @@ class LoadOp:
     """Write the KV of tokens ``[start, end)`` of a request into its pages before the forward.
 
     ``block_ids`` are the request's blocks from token 0. The KV itself waits in the lease that the scheduler role
-    handed over under the name ``lease``.
+    handed over under the name ``lease``. ``tokens_say_all``: the KV hangs on nothing but the tokens; of a prompt with
+    pictures it hangs on those too.
     """
 
     req_id: str
@@ -25,6 +26,7 @@ class LoadOp:
     end: int
     block_ids: list[int]
     lease: str = ""
+    tokens_say_all: bool = True
 
 
 @dataclass

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
 
 
-def calls_layer_hooks(context: ForwardContext) -> bool:
-    """Whether the forward of ``context`` asks for each layer: a full CUDA graph is replayed without, and so is a step
-    that computes nothing."""
+def calls_layer_hooks(context: ForwardContext | None) -> bool:
+    """Whether the forward of ``context`` asks for each layer: a full CUDA graph is replayed without, and a step that
+    computes nothing has none."""
     from vllm.config import CUDAGraphMode
 
-    return context.attn_metadata is not None and context.cudagraph_runtime_mode != CUDAGraphMode.FULL
+    if context is None or context.attn_metadata is None:
+        return False
+    return bool(context.cudagraph_runtime_mode != CUDAGraphMode.FULL)
 
 
 @dataclass

@@ -96,6 +96,8 @@ class LostLoads:
         end = min(op.end, len(op.block_ids) * self._block_size)
         if len(op.token_ids) < end:
             raise LookupError("nothing is known of its tokens any more")
+        if not op.tokens_say_all:
+            raise LookupError("its tokens are not all that its KV hangs on")
         if self._any_failed(op.block_ids[: -(-op.start // self._block_size)]):
             raise RuntimeError("what lies before it was not filled either")
         if op.start < end:

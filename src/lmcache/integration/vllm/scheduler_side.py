@@ -279,7 +279,13 @@ class SchedulerSide:
                 tracker.reused_tokens = min(end, request.num_tokens - 1) - tracker.local_tokens
                 tracker.tiers = lease.tokens_by_tier(tracker.local_tokens)
         return LoadOp(
-            request.request_id, tracker.tokens()[:end], tracker.local_tokens, end, list(tracker.block_ids), name
+            request.request_id,
+            tracker.tokens()[:end],
+            tracker.local_tokens,
+            end,
+            list(tracker.block_ids),
+            name,
+            tokens_say_all=not getattr(request, "mm_features", None),
         )
 
     def _hand_over_blend(self, meta: LMCacheConnectorMetadata, tracker: RequestTracker) -> None:

@@ -12,7 +12,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from lmcache.integration.vllm.blend.make_scheduling import make_scheduling
 from lmcache.integration.vllm.connector_metadata import LMCacheConnectorMetadata
-from lmcache.integration.vllm.layerwise import calls_layer_hooks
 from lmcache.integration.vllm.parallel.agreement import TensorParallelAgreement
 from lmcache.integration.vllm.parallel.placement import roles_share_a_process
 from lmcache.integration.vllm.parallel.rank_service import RankService
@@ -99,7 +98,7 @@ class LMCacheConnectorV1Impl:
             return
         meta = self._parent._get_connector_metadata()
         if isinstance(meta, LMCacheConnectorMetadata):
-            self._worker.start_load_kv(meta, layer_hooks=calls_layer_hooks(forward_context))
+            self._worker.start_load_kv(meta, forward_context)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Called for every layer of every step, so its time is counted only where there is something to load."""

@@ -22,7 +22,7 @@ from lmcache.integration.vllm.connector_metadata import (
     LoadOp,
 )
 from lmcache.integration.vllm.deferred_release import Releasable
-from lmcache.integration.vllm.layerwise import LayerwiseLoads
+from lmcache.integration.vllm.layerwise import LayerwiseLoads, calls_layer_hooks
 from lmcache.integration.vllm.lost_loads import LostLoads
 from lmcache.integration.vllm.page_saves import PageSaves, slot_mapping
 from lmcache.integration.vllm.parallel.agreement import TensorParallelAgreement
@@ -42,6 +42,7 @@ from lmcache.paging.verify import verify_layout
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
 
 logger = init_logger(__name__)
 
@@ -149,8 +150,8 @@ class WorkerSide:
             self._shared.saves.free_when_done(req_id)
 
     @never_raise(lambda: None)
-    def start_load_kv(self, meta: LMCacheConnectorMetadata, *, layer_hooks: bool = False) -> None:
-        """``layer_hooks``: :meth:`wait_for_layer_load` will be called for each layer of this step's forward."""
+    def start_load_kv(self, meta: LMCacheConnectorMetadata, context: ForwardContext | None = None) -> None:
+        """``context``: of this step's forward, where its layers may be asked for one by one."""
         if meta is not self._meta:
             self.bind_connector_metadata(meta)
         self._lost.begin_step()
@@ -160,7 +161,7 @@ class WorkerSide:
         with one_thread() if self._device.type == "cuda" else nullcontext():
             if meta.loads:
                 # A blend stands on the whole prefix, which may be what another request loads.
-                layerwise = self._shared.config.use_layerwise and layer_hooks and not meta.blends
+                layerwise = self._shared.config.use_layerwise and not meta.blends and calls_layer_hooks(context)
                 self._lost.compute(meta.loads, [not self._load(load, layerwise=layerwise) for load in meta.loads])
             if meta.blends:
                 with self.metrics.hooks.apart("blend"):
