@@ -310,8 +310,7 @@ class WorkerSide:
         known = prepared or op.planned
         if known is None:
             return LoadOp(op.req_id, [], op.exact_tokens, len(op.block_ids) * self._block_size, op.block_ids)
-        tokens = known.token_ids[:-1]
-        return LoadOp(op.req_id, tokens, op.exact_tokens, len(tokens), op.block_ids)
+        return LoadOp(op.req_id, known.token_ids, op.exact_tokens, len(known.token_ids) - 1, op.block_ids)
 
     def _slots_of(self, op: BlendOp, prepared: PreparedBlend) -> torch.Tensor:
         return slot_mapping(op.block_ids, len(prepared.token_ids), self._block_size)
