@@ -93,6 +93,13 @@ def compare(case: str, dtype: torch.dtype, stored: torch.dtype | None, used: tup
     )
     assert _error(out, exact) <= 1.5 * _error(in_torch, exact) + 1e-6
 
+    wanted = torch.full_like(out, torch.nan)
+    in_place, _ = sparse_attention(
+        q.to(DEVICE), rows, at, **on_device, splits=chosen.get("splits", 1), blocks=(32, 32, 4, 1), out=wanted
+    )
+    assert in_place is wanted
+    assert torch.equal(wanted, out)
+
     expected = received_reference(q[-5:], k, QueryMask(positions[-5:], window, mask.known), **scoring)
     received = attention_received(q[-5:].to(DEVICE), rows, at[-5:], **on_device)
     torch.testing.assert_close(received.cpu(), expected, atol=2e-3 if dtype != torch.float32 else 1e-6, rtol=1e-3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +12,12 @@ import torch
 from lmcache.blend.correctors import make_corrector
 from lmcache.blend.dense_runs import DenseAttention
 from lmcache.blend.graph_recorder import GraphRecorder, Recording, WorkRecorder, no_garbage_collection
+from lmcache.blend.host import have_in_place
 from lmcache.blend.paged_batch import PagedBatchKV
 from lmcache.blend.paged_blend import PagedPrompt, blend_pages
 from lmcache.blend.policies import make_policy
 from lmcache.blend.staged_layers import StagingRing
+from lmcache.paging.paged_connector import PagedConnector
 from tests.kernels.needs_triton import DEVICE, require
 
 require()
@@ -30,17 +31,19 @@ LAYOUTS = ["kv_second_nhd", "kv_second_hnd"]
 
 
 class StillHost(TinyHost):
-    """A float32 host whose q, k and v lie in the same memory in all layers, as a captured model's do."""
+    """A float32 host whose q, k, v and outcome lie in the same memory in all layers, as a captured model's do."""
 
     def forward(self, rows: torch.Tensor, positions: torch.Tensor, attend: Any) -> torch.Tensor:
         held: list[torch.Tensor] = []
 
         def in_place(layer: int, *qkv: torch.Tensor, **scoring: Any) -> torch.Tensor:
             if not held:
-                held.extend(x.float() for x in qkv)
-            for still, x in zip(held, qkv, strict=True):
-                still.copy_(x)
-            return attend(layer, *held, **scoring).double()
+                held.extend(x.float() for x in (*qkv, qkv[0]))
+            *still, out = held
+            for to, x in zip(still, qkv, strict=True):
+                to.copy_(x)
+            have_in_place(attend(layer, *still, out=out, **scoring), out)
+            return out.double()
 
         return super().forward(rows, positions, in_place)
 
@@ -214,12 +217,12 @@ def test_the_engines_own_attention_is_called_in_every_layer(monkeypatch: pytest.
     assert plain_calls == len(calls) > 0
 
 
-def test_layers_that_do_not_lie_alike_are_not_replayed() -> None:
-    from lmcache.kernels.kv_rows import KVRows
-
-    pages = [torch.zeros(2, 64, 2, 16, device=DEVICE) for _ in range(3)]
-    rows = replace(KVRows.of_tensors(*pages[0]), alignment=16)
-    alike = [(page[0], page[1]) for page in pages]
-    assert LayerReplays.of(Refuses(), alike, rows) is not None
-    assert LayerReplays.of(Refuses(), [*alike, (pages[0][0], pages[1][1])], rows) is None, "K and V lie otherwise"
-    assert LayerReplays.of(Refuses(), [alike[0], tuple(x.flatten()[1:] for x in alike[1])], rows) is None, "unaligned"
+@pytest.mark.parametrize("distances", [None, tuple(range(LAYERS))], ids=["K and V lie otherwise", "unaligned"])
+def test_layers_that_do_not_lie_alike_are_done_one_by_one(
+    distances: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = blended(LAYOUTS[0], None)
+    monkeypatch.setattr(PagedConnector, "layer_distances", property(lambda _: distances))
+    counts = Repeats()
+    assert same(blended(LAYOUTS[0], counts), expected)
+    assert counts.recorded == 0

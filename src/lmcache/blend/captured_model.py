@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from lmcache.blend.graph_recorder import begin_capture, no_garbage_collection, recover_from_capture
-from lmcache.blend.host import Attend
+from lmcache.blend.host import Attend, have_in_place
 from lmcache.observability.logging import init_logger
 
 logger = init_logger(__name__)
@@ -49,15 +49,19 @@ class _Seams:
     def __init__(self, most_rows: int) -> None:
         self._most_rows = most_rows
         self._rooms: dict[tuple[object, ...], torch.Tensor] = {}
+        self._seams: dict[tuple[object, ...], _Seam] = {}
 
     def between(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Seam:
-        """For a layer with such ``q``, ``k`` and ``v``."""
-        return _Seam(
-            q=self._room("q", q, q.shape[1], q.shape[2]),
-            k=self._room("k", k, k.shape[1], k.shape[2]),
-            v=self._room("v", v, v.shape[1], v.shape[2]),
-            attended=self._room("attended", q, q.shape[1], v.shape[2]),
-        )
+        """For a layer with such ``q``, ``k`` and ``v``: the same one for all layers that are alike."""
+        key = tuple((x.shape, x.dtype) for x in (q, k, v))
+        if key not in self._seams:
+            self._seams[key] = _Seam(
+                q=self._room("q", q, q.shape[1], q.shape[2]),
+                k=self._room("k", k, k.shape[1], k.shape[2]),
+                v=self._room("v", v, v.shape[1], v.shape[2]),
+                attended=self._room("attended", q, q.shape[1], v.shape[2]),
+            )
+        return self._seams[key]
 
     def _room(self, name: str, like: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
         key = name, heads, dim, like.dtype
@@ -121,10 +125,13 @@ class CapturedModel:
         # Blocking, they would wait for all that was queued before.
         self._ids[:count].copy_(input_ids, non_blocking=True)
         self._positions[:count].copy_(positions, non_blocking=True)
+        seam: _Seam | None = None
         for layer in forward.layers:
             layer.graph.replay()
-            q, k, v, attended = (x[:count] for x in layer.seam)
-            attended.copy_(attend(layer.layer_id, q, k, v, **layer.options))
+            if layer.seam is not seam:
+                seam = layer.seam
+                q, k, v, attended = (x[:count] for x in seam)
+            have_in_place(attend(layer.layer_id, q, k, v, **layer.options, out=attended), attended)
         assert forward.end is not None
         assert forward.hidden is not None
         forward.end.replay()
@@ -171,7 +178,16 @@ class _Recorder:
         graph.capture_end()
         return graph
 
-    def attend(self, layer_id: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    def attend(
+        self,
+        layer_id: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
         """See :class:`lmcache.blend.host.Attend`."""
         seam = self._seams.between(q, k, v)
         for room, computed in zip(seam, (q, k, v), strict=False):

@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from lmcache.memory.to_device import to_device
+from lmcache.memory.to_device import ints_to_device
 
 _TILE = 128
 _FEWEST_RUN_TOKENS = 32
@@ -40,7 +41,7 @@ class DenseRuns:
     ``keys`` (int32 ``[R]``): how many keys all queries of a run see; ``most_keys`` is the largest of them.
 
     An engine begins with the first sequence that it is given, and the last one to end should be a short one: ``order``
-    (int64 ``[n]``) are the queries with the last run first, ``back`` the way to where they were. ``starts`` (int32
+    (int32 ``[n]``) are the queries with the last run first, ``back`` the way to where they were. ``starts`` (int32
     ``[R + 1]``) says where each run begins in that order, ``keys_in_order`` are the ``keys`` of it.
     """
 
@@ -70,9 +71,10 @@ class DenseAttention(Protocol):
 def blocks_in_order(slots: torch.Tensor, block_size: int) -> torch.Tensor | None:
     """int32 ``[B]``: the pages of a prompt with ``slots`` (int64 ``[N]``); None where it does not lie in whole pages,
     in order. Both on the CPU."""
-    blocks = slots[::block_size] // block_size
-    in_order = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()
-    return blocks.to(torch.int32) if torch.equal(slots, in_order[: len(slots)]) else None
+    at = slots.numpy()
+    blocks = at[::block_size] // block_size
+    in_order = (blocks[:, None] * block_size + np.arange(block_size)).ravel()
+    return torch.from_numpy(blocks.astype(np.int32)) if np.array_equal(at, in_order[: len(at)]) else None
 
 
 def pays(num_queries: int, num_keys: int) -> bool:
@@ -82,22 +84,22 @@ def pays(num_queries: int, num_keys: int) -> bool:
 def dense_runs(positions: torch.Tensor, blocks: torch.Tensor, device: torch.device, tokens: int) -> DenseRuns:
     """The runs of queries at ``positions`` (int64 ``[n]``, ascending, on the CPU) of a prompt that lies in the pages
     ``blocks`` (int32, on the device), of ``tokens`` each."""
-    begins = torch.arange(0, len(positions), tokens)
-    keys = (positions[begins] + 1).to(torch.int32)
-    row = torch.arange(len(positions))
-    run = row // tokens
-    order = torch.argsort(-run, stable=True)
-    back = torch.empty_like(order)
-    back[order] = row
-    counts = torch.bincount(run).flip(0)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
+    count = len(positions)
+    begins = np.arange(0, count, tokens)
+    ends = np.minimum(begins + tokens, count)
+    keys = positions.numpy()[begins] + 1
+    order = np.concatenate([np.arange(begin, end) for begin, end in zip(begins[::-1], ends[::-1], strict=True)])
+    back = np.empty_like(order)
+    back[order] = np.arange(count)
+    starts = np.concatenate([[0], np.cumsum((ends - begins)[::-1])])
+    sent = ints_to_device([keys, order, back, starts, keys[::-1]], device)
     return DenseRuns(
         tokens=tokens,
-        keys=to_device(keys, device),
+        keys=sent[0],
         blocks=blocks[None].expand(len(keys), -1).contiguous(),
         most_keys=int(keys[-1]),
-        order=to_device(order, device),
-        back=to_device(back, device),
-        starts=to_device(starts, device),
-        keys_in_order=to_device(keys.flip(0), device),
+        order=sent[1],
+        back=sent[2],
+        starts=sent[3],
+        keys_in_order=sent[4],
     )

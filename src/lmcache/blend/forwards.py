@@ -16,7 +16,7 @@ import torch
 from lmcache.blend.attention import Scoring
 from lmcache.blend.batch import BlendBatch
 from lmcache.blend.early_rows import EarlyRows
-from lmcache.blend.host import BlendHost, StopForward
+from lmcache.blend.host import BlendHost, StopForward, have_in_place
 from lmcache.blend.layer_kv import BatchKV, LayerKV
 from lmcache.blend.pieces import Piece, cut_rows
 from lmcache.blend.selection import DeviationTensor
@@ -38,6 +38,7 @@ class Fresh(NamedTuple):
     v: torch.Tensor
     scoring: Scoring
     sliding_window: int | None
+    out: torch.Tensor | None = None
 
 
 class BlendForward(ABC):
@@ -100,11 +101,12 @@ class BlendForward(ABC):
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`lmcache.blend.host.Attend`."""
+        fresh = Fresh(q, k, v, Scoring(scale, softcap, sinks), sliding_window, out)
+        self.get_ready(piece, fresh, layer_id)
         layer = self.kv.layer(layer_id, k, v)
-        fresh = Fresh(q, k, v, Scoring(scale, softcap, sinks), sliding_window)
-        self.get_ready(piece, fresh, layer)
         take, attention = partial(self.take, piece, fresh), partial(self._attention, piece, fresh)
         if layer_id == self.ends_at:
             take(layer)
@@ -112,30 +114,31 @@ class BlendForward(ABC):
             raise StopForward
         if (kind := self._kind(piece, fresh)) is None:
             take(layer)
-            out = attention(layer)
+            attended = attention(layer)
         else:
-            out = self.kv.run_alike(kind, layer, take, attention)
+            attended = self.kv.run_alike(kind, layer, take, attention)
         self.leave(piece, layer, fresh)
-        return out
+        return attended
 
     def _kind(self, piece: Piece, fresh: Fresh) -> Hashable | None:
         """The same for layers in which the same work is to be done; None where it is never the same."""
         if not self.alike or fresh.scoring.sinks is not None or len(fresh.q) > _MOST_ALIKE_ROWS:
             return None
         # Kernels are given addresses: work is alike only where the fresh rows lie in the same memory.
-        where = [(x.data_ptr(), x.stride()) for x in (fresh.q, fresh.k, fresh.v)]
+        where = [(x.data_ptr(), x.stride()) for x in (fresh.q, fresh.k, fresh.v, fresh.out) if x is not None]
         return piece.number, fresh.scoring, fresh.sliding_window, *where
 
     def _attention(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> torch.Tensor:
         q, masks = fresh.q, piece.masks(fresh.sliding_window, fresh.q.device)
         if len(piece.parts) == 1:
-            return layer.attention(q, piece.parts[0].keys, masks[0], fresh.scoring)
-        out = q.new_empty(*q.shape[:2], fresh.v.shape[-1])
+            return layer.attention(q, piece.parts[0].keys, masks[0], fresh.scoring, fresh.out)
+        out = q.new_empty(*q.shape[:2], fresh.v.shape[-1]) if fresh.out is None else fresh.out
         for part, mask in zip(piece.parts, masks, strict=True):
-            out[part.queries] = layer.attention(q[part.queries], part.keys, mask, fresh.scoring)
+            place = out[part.queries]
+            have_in_place(layer.attention(q[part.queries], part.keys, mask, fresh.scoring, place), place)
         return out
 
-    def get_ready(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:  # noqa: B027 - not every forward corrects
+    def get_ready(self, piece: Piece, fresh: Fresh, layer_id: int) -> None:  # noqa: B027 - not every forward corrects
         """What :meth:`take` needs and what does not hang on fresh rows."""
 
     @abstractmethod
@@ -168,10 +171,10 @@ class Recompute(BlendForward):
         self._on_layer = on_layer
         self._early = {} if early is None else {piece: EarlyRows(piece, early) for piece in self.pieces}
 
-    def get_ready(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:
+    def get_ready(self, piece: Piece, fresh: Fresh, layer_id: int) -> None:
         early = self._early.get(piece)
         rows = piece.rows if early is None else early.rows
-        self.kv.get_ready(layer, rows, fresh.k.dtype, piece.covers, piece.memo)
+        self.kv.get_ready(layer_id, rows, fresh.k.dtype, piece.covers, piece.memo)
 
     def take(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:
         rows, k, v = piece.rows, fresh.k, fresh.v

@@ -27,6 +27,7 @@ class Attend(Protocol):
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Layers come in order, 0 to ``num_layers - 1``, in every forward.
 
@@ -37,6 +38,7 @@ class Attend(Protocol):
             sliding_window: a query sees itself and the ``sliding_window - 1`` positions before it; None: all of them.
             softcap: scores become ``softcap · tanh(score / softcap)``.
             sinks: ``[query_heads]``, a logit for each head that takes part in the softmax and has no value.
+            out: a place for the outcome, which spares a copy where it can be used; see :func:`have_in_place`.
 
         Returns:
             ``[n, query_heads, value_dim]`` in the dtype of ``q``.
@@ -44,6 +46,12 @@ class Attend(Protocol):
         Raises:
             StopForward: nothing further is wanted of this forward. The host lets it pass.
         """
+
+
+def have_in_place(attended: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy what :class:`Attend` has returned to ``out``, unless it lies there."""
+    if attended.data_ptr() != out.data_ptr():
+        out.copy_(attended)
 
 
 class StopForward(Exception):

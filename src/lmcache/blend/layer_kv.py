@@ -76,8 +76,11 @@ class LayerKV:
         at = rows.to(self.keys.device)
         return self.keys.index_select(0, at), self.values.index_select(0, at)
 
-    def attention(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
-        """Of ``q`` over the rows ``keys``, those of one prompt: :func:`lmcache.blend.attention.sparse_attention`."""
+    def attention(
+        self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Of ``q`` over the rows ``keys``, those of one prompt: :func:`lmcache.blend.attention.sparse_attention`. In
+        ``out``, where that can be used."""
         return sparse_attention(q, self.keys[keys], self.values[keys], mask, **scoring._asdict())
 
     def attention_received(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
@@ -199,7 +202,7 @@ class BatchKV:
         A passage that reaches over the ends of ``covers`` counts as one there and another here. ``memo`` is that of
         ``rows``.
         """
-        spans = self.spans_to_correct(layer, rows, covers, memo)
+        spans = self.spans_to_correct(layer.corrected_to, rows, covers, memo)
         layer.corrected_to = max(layer.corrected_to, covers[1])
         if not spans:
             return
@@ -214,15 +217,16 @@ class BatchKV:
             layer.corrected_to = 0
 
     def get_ready(
-        self, layer: LayerKV, rows: torch.Tensor, dtype: torch.dtype, covers: tuple[int, int], memo: Memo
+        self, layer_id: int, rows: torch.Tensor, dtype: torch.dtype, covers: tuple[int, int], memo: Memo
     ) -> None:
-        """:meth:`correct` comes next, with K and V of ``rows`` in ``dtype``: do what does not hang on them."""
+        """:meth:`layer` and :meth:`correct` come next, with K and V of ``rows`` in ``dtype``: do what does not hang on
+        them."""
 
     def spans_to_correct(
-        self, layer: LayerKV, rows: torch.Tensor, covers: tuple[int, int], memo: Memo
+        self, corrected_to: int, rows: torch.Tensor, covers: tuple[int, int], memo: Memo
     ) -> tuple[tuple[int, int], ...]:
-        """Those of the batch's rows ``covers`` that were not corrected yet."""
-        first, end = max(covers[0], layer.corrected_to), covers[1]
+        """Those of the batch's rows ``covers`` that were not corrected yet, if those up to ``corrected_to`` were."""
+        first, end = max(covers[0], corrected_to), covers[1]
         spans: tuple[tuple[int, int], ...] | None = memo.get(("spans", first, end))
         if spans is None:
             spans = memo["spans", first, end] = self._spans_to_correct(rows, first, end)

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 Take: TypeAlias = Callable[[PagedLayer], None]
 Attention: TypeAlias = Callable[[PagedLayer], torch.Tensor]
 
-Planes: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-"""K and V of a layer's pages."""
-
 
 @dataclass(frozen=True)
 class _Recorded:
@@ -54,18 +51,6 @@ class LayerReplays:
             self._rows = replace(self._rows, key_scale=key_scale, value_scale=value_scale)
         self._seen: dict[Hashable, bool] = {}  # whether attention can be recorded
         self._recorded: dict[Hashable, _Recorded | None] = {}
-
-    @classmethod
-    def of(
-        cls, recorder: WorkRecorder, planes: Sequence[Planes], rows: KVRows, scales: torch.Tensor | None = None
-    ) -> LayerReplays | None:
-        """``rows`` are in ``planes[0]``. None where layers do not lie alike, so that one distance does not tell."""
-        from lmcache.kernels.kv_rows import distance
-
-        distances = [distance(rows, rows.at(*layer)) for layer in planes]
-        found = [apart for apart in distances if apart is not None]
-        recorder.forget()  # what the blend before has recorded
-        return cls(recorder, found, rows, scales) if len(found) == len(distances) else None
 
     def run(self, kind: Hashable, layer: PagedLayer, take: Take, attention: Attention) -> torch.Tensor:
         """``take`` and ``attention`` on ``layer``. What they queue for any layer of this ``kind`` is the same but for

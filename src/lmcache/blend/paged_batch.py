@@ -35,7 +35,7 @@ from lmcache.memory.to_device import to_device
 from lmcache.paging.paged_connector import PagedConnector
 
 if TYPE_CHECKING:
-    from lmcache.kernels.kv_rows import KVRows
+    from lmcache.kernels.kv_rows import KVLayers
 
 _UNKNOWN = torch.empty(0)  # nothing fresh is needed to load a layer
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -86,11 +86,15 @@ class PagedBatchKV(BatchKV):
             self._staged.begin()
         else:
             self._staged.go_on()
+        distances = connector.layer_distances
+        alike = distances is not None and not any(apart % self._kv.alignment for apart in distances)
+        self._distances = connector.distances_on_device if alike else None
         self._replays: LayerReplays | None = None
         if recorder is not None and corrector.alike_in_layers:
-            scales = None if fp8 is None or fp8.alike else fp8.table
-            planes = [(planes[0], planes[1]) for planes in self._planes]
-            self._replays = LayerReplays.of(recorder, planes, self._kv, scales)
+            recorder.forget()  # what the blend before has recorded
+            if alike and distances is not None:
+                scales = None if fp8 is None or fp8.alike else fp8.table
+                self._replays = LayerReplays(recorder, distances, self._kv, scales)
 
     def load(self, layer_id: int, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
         layer = PagedLayer(layer_id, self._kv.at(*self._planes[layer_id]), self._sent, self._pages)
@@ -115,38 +119,51 @@ class PagedBatchKV(BatchKV):
         return self._replays.run(kind, layer, take, attention)
 
     def get_ready(
-        self, layer: LayerKV, rows: torch.Tensor, dtype: torch.dtype, covers: tuple[int, int], memo: Memo
+        self, layer_id: int, rows: torch.Tensor, dtype: torch.dtype, covers: tuple[int, int], memo: Memo
     ) -> None:
-        key = "ready", covers, layer.corrected_to
+        held = self._layers.get(layer_id)
+        corrected_to = 0 if held is None else held.corrected_to
+        key = "ready", covers, corrected_to
         if key not in memo:
             memo[key] = None
-            spans = self.spans_to_correct(layer, rows, covers, memo)
+            spans = self.spans_to_correct(corrected_to, rows, covers, memo)
             if spans and isinstance(self.corrector, BatchedCorrector):
                 in_place = len(self._layers) == len(self.ropes)
-                ahead = RowsAhead(rows, dtype, spans, memo, self._layers_from, in_place)
+                ahead = RowsAhead(rows, dtype, spans, memo, self._kv, self._layers_from, in_place)
                 memo[key] = self.corrector.preparation(ahead)
         if (prepare := memo[key]) is not None:
             start, loading = time.perf_counter(), self.seconds["load"]
-            prepare(layer.layer_id)
+            prepare(layer_id)
             self.seconds["correct"] += time.perf_counter() - start - (self.seconds["load"] - loading)
 
-    def _layers_from(self, first: int, count: int) -> list[KVRows]:
+    def _layers_from(self, first: int, count: int) -> KVLayers:
+        from lmcache.kernels.kv_rows import KVLayers
+
+        if self._distances is None:
+            count = 1
         end = min(first + count, len(self.ropes))
         missing = [index for index in range(first, end) if index not in self._layers]
         if len(missing) > 1:
-            self._load_together(missing)
-        layers = [self.layer(index, _UNKNOWN, _UNKNOWN) for index in range(first, end)]
-        return [layer.kv for layer in layers if isinstance(layer, PagedLayer)]
+            self._load_together(range(missing[0], end))
+        for index in range(first, end):
+            self.layer(index, _UNKNOWN, _UNKNOWN)
+        if self._distances is None or end == first + 1:
+            return KVLayers(self._kv.at(*self._planes[first]), None)
+        return KVLayers(self._kv, self._distances[first:end])
 
-    def _load_together(self, layer_ids: Sequence[int]) -> None:
-        """Those that can be; others are loaded one by one when they are wanted."""
-        if not self._moved:
+    def _load_together(self, layer_ids: range) -> None:
+        """If they can be; otherwise they are loaded one by one when they are wanted."""
+        if not self._moved or self._distances is None:
             return
+        from lmcache.kernels.kv_rows import KVLayers
+
         start = time.perf_counter()
-        layers = [PagedLayer(index, self._kv.at(*self._planes[index]), self._sent, self._pages) for index in layer_ids]
+        layers = KVLayers(self._kv, self._distances[layer_ids.start : layer_ids.stop])
         try:
-            if self._placing.together(layer_ids[0], [layer.kv for layer in layers]):
-                self._layers.update(zip(layer_ids, layers, strict=True))
+            if self._placing.together(layer_ids.start, layers):
+                for index in layer_ids:
+                    kv = self._kv.at(*self._planes[index])
+                    self._layers[index] = PagedLayer(index, kv, self._sent, self._pages)
         except SourceError as error:
             raise PromptLoadError(error.prompt, str(error)) from error
         self.seconds["load"] += time.perf_counter() - start

@@ -150,7 +150,9 @@ class PagedLayer(LayerKV):
     def held(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.read(self._sent.rows(rows))
 
-    def attention(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         from lmcache.kernels.sparse_attention import sparse_attention
 
         q = dense_heads(q)
@@ -161,9 +163,13 @@ class PagedLayer(LayerKV):
             sliding_window=mask.sliding_window,
             known=mask.known,
             seen_by_all=self._seen_by_all(q, keys, mask, scoring),
+            out=out if out is not None and self._can_fill(out, q) else None,
             **scoring._asdict(),
         )
         return attended
+
+    def _can_fill(self, out: torch.Tensor, q: torch.Tensor) -> bool:
+        return out.is_contiguous() and out.dtype == q.dtype and out.shape == (*q.shape[:2], self.kv.value_dim)
 
     def _seen_by_all(self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring) -> SeenByAll | None:
         """The part that the engine's own attention computes, if it can."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,17 +14,8 @@ from lmcache.blend.staged_layers import StagedLayers
 from lmcache.memory.to_device import to_device
 
 if TYPE_CHECKING:
-    from lmcache.kernels.kv_rows import KVRows
+    from lmcache.kernels.kv_rows import KVLayers, KVRows
     from lmcache.kernels.kv_write import Turns
-
-
-class _Ways(NamedTuple):
-    """Of each moved row: where its K and its V are staged, which row it becomes, and how far it turns."""
-
-    k_from: torch.Tensor
-    v_from: torch.Tensor
-    rows: torch.Tensor
-    turns: Turns | None
 
 
 class PlaceLayers:
@@ -45,7 +36,6 @@ class PlaceLayers:
         self._ropes = ropes
         self._device = device
         self._turns: dict[int, Turns | None] = {}
-        self._together: dict[tuple[int, int], _Ways] = {}
         spans = [np.arange(*placed.rows) for placed in moved]
         rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *spans]).astype(np.int32))
         self._rows = to_device(rows, device)
@@ -58,45 +48,33 @@ class PlaceLayers:
         """Raises:
         lmcache.blend.staged_layers.SourceError: a source failed.
         """
-        turns = self._turns[id(self._ropes[layer_id])]
-        self._place(self._staged.layer(layer_id), _Ways(self._k_from, self._v_from, self._rows, turns), kv)
+        self._place(self._staged.layer(layer_id), self._ropes[layer_id], kv)
         self._staged.done(layer_id)
 
-    def together(self, first: int, layers: Sequence[KVRows]) -> bool:
+    def together(self, first: int, layers: KVLayers) -> bool:
         """Place consecutive layers, ``first`` and those behind it, with one launch; False where that cannot be.
 
         Raises:
             lmcache.blend.staged_layers.SourceError: a source failed.
         """
-        from lmcache.kernels.kv_rows import KVRows
-
-        count, rope = len(layers), self._ropes[first]
+        count, rope = layers.num_layers, self._ropes[first]
         if any(other is not rope for other in self._ropes[first : first + count]):
             return False
-        kv = KVRows.one_after_the_other(layers)
-        staged = None if kv is None else self._staged.together(first, count)
-        if kv is None or staged is None:
+        staged = self._staged.together(first, count)
+        if staged is None:
             return False
-        key = id(rope), count
-        if key not in self._together:
-            self._together[key] = self._repeated(count, self._turns[id(rope)])
-        self._place(staged, self._together[key], kv)
+        self._place(staged, rope, layers.rows, layers.distances)
         self._staged.done(first, count)
         return True
 
-    def _place(self, staged: torch.Tensor, ways: _Ways, kv: KVRows) -> None:
+    def _place(
+        self, staged: torch.Tensor, rope: FusedRope | None, kv: KVRows, distances: torch.Tensor | None = None
+    ) -> None:
         from lmcache.kernels.kv_write import place
 
         # fp8 is staged as bytes
         staged = staged if staged.dtype == kv.keys.dtype else staged.view(kv.keys.dtype)
-        place(staged, ways.k_from, ways.v_from, ways.rows, kv, ways.turns)
-
-    def _repeated(self, count: int, turns: Turns | None) -> _Ways:
-        """For ``count`` layers, whose staged rows and whose rows are counted one layer after the other."""
-        layer = torch.arange(count, dtype=torch.int32, device=self._device)[:, None]
-        k_from, v_from = ((layer * self._staged.num_rows + where).flatten() for where in (self._k_from, self._v_from))
-        rows = (layer * self._batch.num_rows + self._rows).flatten()
-        return _Ways(k_from, v_from, rows, None if turns is None else turns.repeated(count))
+        place(staged, self._k_from, self._v_from, self._rows, kv, self._turns[id(rope)], distances)
 
     def _turns_of(self, rope: FusedRope) -> Turns:
         """How far each of the moved rows turns; layers with one rope share it."""

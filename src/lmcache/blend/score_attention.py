@@ -59,9 +59,9 @@ class ScoreAttention(BlendForward):
         self._on_host: torch.Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
-    def get_ready(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:
+    def get_ready(self, piece: Piece, fresh: Fresh, layer_id: int) -> None:
         if self._corrects:
-            self.kv.get_ready(layer, piece.rows, fresh.k.dtype, piece.covers, piece.memo)
+            self.kv.get_ready(layer_id, piece.rows, fresh.k.dtype, piece.covers, piece.memo)
 
     def take(self, piece: Piece, fresh: Fresh, layer: LayerKV) -> None:
         if self._corrects:

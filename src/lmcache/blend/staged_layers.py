@@ -226,7 +226,7 @@ class StagedLayers:
         return rows
 
     def together(self, first: int, count: int) -> torch.Tensor | None:
-        """``[count · rows, kv_heads · dim]`` of consecutive layers as one, as :meth:`layer` gives each; None where they
+        """``[count, rows, kv_heads · dim]`` of consecutive layers as one, as :meth:`layer` gives each; None where they
         do not lie so.
 
         Raises:
@@ -236,9 +236,10 @@ class StagedLayers:
         at = first % depth
         if at + count > depth or self._next < first + count:
             return None
-        for layer_id in range(first, first + count):
+        # Copies arrive in the order of layers; only other sources are asked layer by layer.
+        for layer_id in range(first if self._others else first + count - 1, first + count):
             self.layer(layer_id)
-        return self._ring.between(at, at + count).view(count * self.num_rows, self._row_numel)
+        return self._ring.between(at, at + count).view(count, self.num_rows, self._row_numel)
 
     def _check(self, other: _Other, layer_id: int, planes: tuple[torch.Tensor, ...]) -> None:
         for name, plane in zip("KV", planes, strict=True):

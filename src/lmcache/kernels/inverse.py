@@ -16,12 +16,12 @@ PANEL = 16
 _TILE = 64
 
 
-@triton.jit
-def _inverse_kernel(COUNT, AMONG, padded, PANEL: tl.constexpr, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["sizes"])
+def _inverse_kernel(COUNT, AMONG, padded, sizes, PANEL: tl.constexpr, TILE: tl.constexpr):
     """In place, by Gauss and Jordan's method, a panel of rows and columns at a time. A positive definite matrix needs
     no pivoting."""
     piece = tl.program_id(0)
-    count = tl.load(COUNT + piece)
+    count = tl.load(COUNT + piece % sizes)
     base = AMONG + piece.to(tl.int64) * padded * padded
     p = tl.arange(0, PANEL)
     t = tl.arange(0, TILE)
@@ -65,8 +65,10 @@ def _inverse_kernel(COUNT, AMONG, padded, PANEL: tl.constexpr, TILE: tl.constexp
 def invert(matrices: torch.Tensor, sizes: torch.Tensor) -> None:
     """Replace each of ``matrices`` (float32 ``[S, m, m]``, dense, ``m`` a multiple of :data:`PANEL`) by its inverse.
 
-    ``sizes`` (int32 ``[S]``, on the device): the rows and columns of each that matter; beyond them it is diagonal, and
-    what lies there is undefined afterwards.
+    ``sizes`` (int32, on the device): the rows and columns of each that matter, over again where there are fewer than
+    ``S``; beyond them it is diagonal, and what lies there is undefined afterwards.
     """
     count, size, _ = matrices.shape
-    launch(_inverse_kernel, (count,), sizes, matrices, size, PANEL=PANEL, TILE=_TILE, num_warps=4, num_stages=1)
+    launch(
+        _inverse_kernel, (count,), sizes, matrices, size, len(sizes), PANEL=PANEL, TILE=_TILE, num_warps=4, num_stages=1
+    )

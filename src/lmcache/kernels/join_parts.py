@@ -47,16 +47,16 @@ def _join_attention_kernel(
     tl.store(JOINT + r, top + tl.log2(total) / _LOG2_E, mask=there)
 
 
-def join_attention(parts: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def join_attention(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Args:
         parts: attention over each part of the keys, float32 ``[S, n, heads, dim]``, dense.
         lse: the logarithms of the softmax sums, float32 ``[S, n, heads]``; some part of each row is not −inf.
+        out: ``[n, heads, dim]``, dense: what is to be filled with attention over all of them.
 
     Returns:
-        ``[n, heads, dim]`` in ``dtype``, and the joint logarithms, float32 ``[n, heads]``.
+        The joint logarithms, float32 ``[n, heads]``.
     """
     count, num_queries, heads, dim = parts.shape
-    out = torch.empty((num_queries, heads, dim), dtype=dtype, device=parts.device)
     joint = torch.empty((num_queries, heads), dtype=torch.float32, device=parts.device)
     rows = num_queries * heads
     launch(
@@ -72,7 +72,7 @@ def join_attention(parts: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -
         BLOCK_D=triton.next_power_of_2(dim),
         ROWS=_ROWS,
     )
-    return out, joint
+    return joint
 
 
 @triton.jit(do_not_specialize=["num_rows", "parts"])

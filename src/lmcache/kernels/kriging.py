@@ -11,7 +11,7 @@ import triton.language as tl
 
 from lmcache.kernels.fp8 import as_fp8, real
 from lmcache.kernels.inverse import PANEL, invert
-from lmcache.kernels.kv_rows import KVRows
+from lmcache.kernels.kv_rows import KVLayers, KVRows
 from lmcache.kernels.launch import launch
 
 _TILE = 64
@@ -43,44 +43,35 @@ class Pieces:
         """Room for the fresh rows of a piece."""
         return -(-self.most // PANEL) * PANEL
 
-    def room_for_weights(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty((len(self.start), self.longest, self.padded), dtype=dtype, device=self.start.device)
-
-    def in_layers(self, count: int) -> Pieces:
-        """The same pieces in each of ``count`` layers, whose rows are counted one layer after the other."""
-        layer = torch.arange(count, dtype=torch.int32, device=self.start.device)[:, None]
-        num_rows, num_fresh = len(self.is_fresh), len(self.fresh)
-        return Pieces(
-            start=(layer * num_rows + self.start).flatten(),
-            length=self.length.repeat(count),
-            first=(layer * num_fresh + self.first).flatten(),
-            count=self.count.repeat(count),
-            fresh=(layer * num_rows + self.fresh).flatten(),
-            is_fresh=self.is_fresh.repeat(count),
-            longest=self.longest,
-            most=self.most,
-        )
+    def room_for_weights(self, dtype: torch.dtype, layers: int = 1) -> torch.Tensor:
+        shape = layers * len(self.start), self.longest, self.padded
+        return torch.empty(shape, dtype=dtype, device=self.start.device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["DISTANCES", "pieces"])
 def _sums_kernel(
     START,
     LENGTH,
     OFFSETS,
+    DISTANCES,
     K,
     SUMS,
     k_head,
+    pieces,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ALIGN: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The sum and the sum of squares of the keys of a tile."""
-    piece = tl.program_id(0)
+    piece = tl.program_id(0)  # all of a layer, then those of the next
+    of_layer = piece % pieces
     tile = tl.program_id(1)
     i = tile * TILE + tl.arange(0, TILE)
-    inside = i < tl.load(LENGTH + piece)
-    at = tl.multiple_of(tl.load(OFFSETS + tl.load(START + piece) + i, mask=inside, other=0), ALIGN)
+    inside = i < tl.load(LENGTH + of_layer)
+    at = tl.multiple_of(tl.load(OFFSETS + tl.load(START + of_layer) + i, mask=inside, other=0), ALIGN)
+    if DISTANCES is not None:
+        K += tl.multiple_of(tl.load(DISTANCES + piece // pieces), ALIGN)
     d = tl.arange(0, DIM)
     total = tl.zeros([TILE], tl.float32)
     squares = tl.zeros([TILE], tl.float32)
@@ -93,7 +84,7 @@ def _sums_kernel(
     tl.store(SUMS + to + 1, tl.sum(squares))
 
 
-@triton.jit(do_not_specialize=["longest", "tiles"])
+@triton.jit(do_not_specialize=["DISTANCES", "longest", "tiles", "pieces"])
 def _covariance_kernel(
     START,
     LENGTH,
@@ -101,6 +92,7 @@ def _covariance_kernel(
     COUNT,
     FRESH,
     OFFSETS,
+    DISTANCES,
     K,
     SUMS,
     COVARIANCE,
@@ -115,6 +107,7 @@ def _covariance_kernel(
     longest,
     padded,
     tiles,
+    pieces,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -125,10 +118,13 @@ def _covariance_kernel(
 ):
     """Of the rows of a tile with a tile of the fresh ones; with ``AMONG_FRESH`` the rows are the fresh ones too."""
     piece = tl.program_id(0)
-    length = tl.load(LENGTH + piece)
-    start = tl.load(START + piece)
-    first = tl.load(FIRST + piece)
-    count = tl.load(COUNT + piece)
+    of_layer = piece % pieces
+    length = tl.load(LENGTH + of_layer)
+    start = tl.load(START + of_layer)
+    first = tl.load(FIRST + of_layer)
+    count = tl.load(COUNT + of_layer)
+    if DISTANCES is not None:
+        K += tl.multiple_of(tl.load(DISTANCES + piece // pieces), ALIGN)
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
     j = tl.program_id(2) * TILE + tl.arange(0, TILE)
     chosen = j < count
@@ -177,7 +173,7 @@ def _covariance_kernel(
         tl.store(to, found, mask=inside[:, None] & (j < padded)[None, :])
 
 
-@triton.jit(do_not_specialize=["longest"])
+@triton.jit(do_not_specialize=["longest", "pieces"])
 def _weights_kernel(
     LENGTH,
     COUNT,
@@ -186,15 +182,17 @@ def _weights_kernel(
     WEIGHTS,
     longest,
     padded,
+    pieces,
     TILE: tl.constexpr,
     PANEL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     piece = tl.program_id(0)
+    of_layer = piece % pieces
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
     j = tl.program_id(2) * TILE + tl.arange(0, TILE)
-    count = tl.load(COUNT + piece)
-    inside = i < tl.load(LENGTH + piece)
+    count = tl.load(COUNT + of_layer)
+    inside = i < tl.load(LENGTH + of_layer)
     p = tl.arange(0, PANEL)
     covariance = COVARIANCE + piece.to(tl.int64) * longest * padded + i[:, None] * padded
     inverse = INVERSE + piece.to(tl.int64) * padded * padded + j[None, :]
@@ -274,7 +272,7 @@ def can_krige(kv: KVRows, most: int) -> bool:
 
 
 def krige_weights(
-    kv: KVRows,
+    kv: KVLayers,
     pieces: Pieces,
     weights: torch.Tensor,
     *,
@@ -285,25 +283,28 @@ def krige_weights(
     reach: float,
     noise: float,
 ) -> None:
-    """Into ``weights`` (``[S, longest, padded]``, in the dtype of fresh keys): how much the change of each fresh row
-    counts for each row of its piece. Hangs on the keys that were moved, and on no fresh one."""
-    count, padded, device = len(pieces.start), pieces.padded, kv.keys.device
+    """Into ``weights`` (``[layers · S, longest, padded]``, in the dtype of fresh keys): how much the change of each
+    fresh row counts for each row of its piece. Hangs on the keys that were moved, and on no fresh one."""
+    rows, padded, device = kv.rows, pieces.padded, kv.rows.keys.device
+    of_layer, count = len(pieces.start), kv.num_layers * len(pieces.start)
     tiles, fresh_tiles = triton.cdiv(pieces.longest, _TILE), triton.cdiv(padded, _TILE)
     wide = torch.float32
     sums = torch.empty((count, tiles, 2), dtype=wide, device=device)
     covariance = torch.empty((count, pieces.longest, padded), dtype=wide, device=device)
     among = torch.empty((count, padded, padded), dtype=wide, device=device)
     exact = "ieee" if weights.dtype == torch.float32 else "tf32"
-    shape = {"HEADS": kv.num_heads, "DIM": kv.dim, "ALIGN": kv.alignment, "TILE": _TILE}
+    shape = {"HEADS": rows.num_heads, "DIM": rows.dim, "ALIGN": rows.alignment, "TILE": _TILE}
     launch(
         _sums_kernel,
         (count, tiles),
         pieces.start,
         pieces.length,
-        kv.offsets,
-        kv.keys,
+        rows.offsets,
+        kv.distances,
+        rows.keys,
         sums,
-        kv.key_head_stride,
+        rows.key_head_stride,
+        of_layer,
         **shape,
         num_warps=4,
     )
@@ -316,8 +317,9 @@ def krige_weights(
             pieces.first,
             pieces.count,
             pieces.fresh,
-            kv.offsets,
-            kv.keys,
+            rows.offsets,
+            kv.distances,
+            rows.keys,
             sums,
             covariance,
             among,
@@ -327,10 +329,11 @@ def krige_weights(
             alike,
             reach,
             noise,
-            kv.key_head_stride,
+            rows.key_head_stride,
             pieces.longest,
             padded,
             tiles,
+            of_layer,
             **shape,
             BLOCK_TILES=max(_FEWEST_BLOCK_TILES, triton.next_power_of_2(tiles)),
             PRECISION=exact,
@@ -350,6 +353,7 @@ def krige_weights(
         weights,
         pieces.longest,
         padded,
+        of_layer,
         TILE=_TILE,
         PANEL=PANEL,
         # The sums cancel: what tf32 leaves out would be seen.

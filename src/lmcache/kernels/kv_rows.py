@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,19 +69,6 @@ class KVRows:
         )
 
     @classmethod
-    def one_after_the_other(cls, layers: Sequence[KVRows]) -> KVRows | None:
-        """The rows of all ``layers`` as those of one, which a kernel may treat together; the scales are the first's.
-        None where layers do not lie alike, so that one distance does not tell."""
-        first = layers[0]
-        distances = [distance(first, layer) for layer in layers]
-        known = [apart for apart in distances if apart is not None]
-        if len(known) < len(layers):
-            return None
-        steps = torch.tensor(known).to(first.offsets.device, non_blocking=True)
-        offsets = (steps[:, None] + first.offsets).flatten()
-        return first._like(first.keys, first.values, offsets, first.key_scale, first.value_scale)
-
-    @classmethod
     def of_tensors(cls, keys: torch.Tensor, values: torch.Tensor) -> KVRows:
         """Rows of ``keys`` and ``values`` ``[N, heads, dim]`` of equal row strides."""
         if keys.stride(0) != values.stride(0):
@@ -101,14 +87,20 @@ class KVRows:
         )
 
 
-def distance(first: KVRows, other: KVRows) -> int | None:
-    """How far ``other`` lies behind ``first``, in elements; None where K and V differ, or it is no multiple of the
-    alignment."""
-    apart = {
-        there.data_ptr() - here.data_ptr() for here, there in ((first.keys, other.keys), (first.values, other.values))
-    }
-    nbytes, size = apart.pop(), first.keys.element_size()
-    return None if apart or nbytes % (first.alignment * size) else nbytes // size
+@dataclass(frozen=True)
+class KVLayers:
+    """The same rows in one or several layers, which a kernel may treat together.
+
+    Those of layer ``l`` lie ``distances[l]`` elements behind ``rows`` (int64 ``[L]``, on the device, multiples of the
+    alignment). None: ``rows`` are those of the only layer.
+    """
+
+    rows: KVRows
+    distances: torch.Tensor | None
+
+    @property
+    def num_layers(self) -> int:
+        return 1 if self.distances is None else len(self.distances)
 
 
 def power_of_two(number: int) -> int:

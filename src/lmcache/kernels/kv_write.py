@@ -29,12 +29,8 @@ class Turns:
     of_row: torch.Tensor
     is_neox_style: bool
 
-    def repeated(self, count: int) -> Turns:
-        """For the same rows ``count`` times, one after the other."""
-        return Turns(self.cos, self.sin, self.of_row.repeat(count), self.is_neox_style)
 
-
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["DISTANCES", "num_rows", "staged_layer"])
 def _place_kernel(
     STAGED,
     K_FROM,
@@ -44,10 +40,12 @@ def _place_kernel(
     COS,
     SIN,
     OFFSETS,
+    DISTANCES,
     K,
     V,
     num_rows,
     staged_row,
+    staged_layer,
     k_head,
     v_head,
     HEADS: tl.constexpr,
@@ -67,6 +65,10 @@ def _place_kernel(
     there = (i < num_rows) & (h < HEADS)
     row = tl.load(ROW + i, mask=there, other=0)
     to = tl.multiple_of(tl.load(OFFSETS + row, mask=there, other=0), ALIGN)
+    if DISTANCES is not None:
+        layer = tl.program_id(1)
+        to += tl.multiple_of(tl.load(DISTANCES + layer), ALIGN)
+        STAGED += layer.to(tl.int64) * staged_layer
     k_from = STAGED + tl.load(K_FROM + i, mask=there, other=0).to(tl.int64) * staged_row + h * DIM
     v_from = STAGED + tl.load(V_FROM + i, mask=there, other=0).to(tl.int64) * staged_row + h * DIM
     k_to = K + to + h * k_head
@@ -110,6 +112,7 @@ def place(
     rows: torch.Tensor,
     kv: KVRows,
     turns: Turns | None,
+    distances: torch.Tensor | None = None,
 ) -> None:
     """K and V of ``n`` tokens to ``rows`` of ``kv``, the keys turned on the way, with one rounding. fp8 is taken to
     have the same scales on both sides.
@@ -119,6 +122,8 @@ def place(
             the rows of it in which the tokens' K and V lie.
         rows: int32 ``[n]``.
         turns: None: the keys stay as they are.
+        distances: of layers that are placed alike, see :class:`lmcache.kernels.kv_rows.KVLayers`; ``staged`` is
+            ``[layers, m, kv_heads · dim]`` then.
     """
     num_rows = len(rows)
     if not num_rows:
@@ -127,7 +132,7 @@ def place(
     block_h = triton.next_power_of_2(kv.num_heads)
     launch(
         _place_kernel,
-        (triton.cdiv(num_rows, _ROWS),),
+        (triton.cdiv(num_rows, _ROWS), 1 if distances is None else len(distances)),
         staged,
         k_from,
         v_from,
@@ -136,10 +141,12 @@ def place(
         staged if turns is None else turns.cos,
         staged if turns is None else turns.sin,
         kv.offsets,
+        distances,
         kv.keys,
         kv.values,
         num_rows,
-        staged.stride(0),
+        staged.stride(-2),
+        0 if distances is None else staged.stride(0),
         kv.key_head_stride,
         kv.value_head_stride,
         HEADS=kv.num_heads,

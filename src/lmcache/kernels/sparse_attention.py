@@ -237,6 +237,7 @@ def sparse_attention(
     seen_by_all: SeenByAll | None = None,
     splits: int | None = None,
     blocks: tuple[int, int, int, int] | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of ``q`` ``[n, query_heads, dim]`` (last dim dense) over the rows of ``kv``, one prompt.
 
@@ -248,10 +249,11 @@ def sparse_attention(
             queries must lie within a run of it.
         splits: parts that the keys are cut into; None: as many as fill the GPU.
         blocks: tile of queries × heads of a group, tile of keys, warps, stages.
+        out: where the outcome belongs, dense.
 
     Returns:
-        ``[n, query_heads, value_dim]`` in the dtype of ``q``; and, where the keys were split, the logarithm of each
-        row's softmax sum, float32 ``[n, query_heads]``, else None.
+        ``out``, or ``[n, query_heads, value_dim]`` in the dtype of ``q``; and, where the keys were split, the logarithm
+        of each row's softmax sum, float32 ``[n, query_heads]``, else None.
     """
     num_queries, heads, dim = q.shape
     group = heads // kv.num_heads
@@ -266,8 +268,11 @@ def sparse_attention(
             raise ValueError("a part that all see cannot be joined with a window, sinks, hidden keys or fp8")
     if splits is None:
         splits = _splits(tiles * kv.num_heads, len(kv.offsets), block_n, q.device)
-    kind = q.dtype if splits == 1 else torch.float32
-    out = torch.empty((splits, num_queries, heads, kv.value_dim), dtype=kind, device=q.device)
+    if out is None:
+        out = torch.empty((num_queries, heads, kv.value_dim), dtype=q.dtype, device=q.device)
+    parts = out[None]
+    if splits > 1:
+        parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
     lse = torch.empty((splits, num_queries, heads), dtype=torch.float32, device=q.device)
     launch(
         _attend_kernel,
@@ -281,7 +286,7 @@ def sparse_attention(
         positions,
         positions if known is None else known,
         q if sinks is None else sinks,
-        out,
+        parts,
         lse,
         positions if seen_by_all is None else seen_by_all.keys,
         q if seen_by_all is None else seen_by_all.out,
@@ -292,9 +297,9 @@ def sparse_attention(
         sliding_window or 0,
         q.stride(0),
         q.stride(1),
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
+        parts.stride(0),
+        parts.stride(1),
+        parts.stride(2),
         lse.stride(0),
         kv.key_head_stride,
         kv.value_head_stride,
@@ -317,9 +322,7 @@ def sparse_attention(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps,
     )
-    if splits == 1:
-        return out[0], None
-    return join_attention(out, lse, q.dtype)
+    return (out, None) if splits == 1 else (out, join_attention(parts, lse, out))
 
 
 def _blocks(rows: int, block_d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:

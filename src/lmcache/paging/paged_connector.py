@@ -50,6 +50,27 @@ class PagedConnector(GPUConnectorInterface):
         """:meth:`KVLayout.plane_views` of each layer."""
         return [self.kv_layout.plane_views(self.tensors, layer) for layer in self._all_layers]
 
+    @cached_property
+    def layer_distances(self) -> tuple[int, ...] | None:
+        """How far the pages of each layer lie behind those of the first, in elements; None where that is not the same
+        for K and V, or no whole number."""
+        apart: list[int] = []
+        first = self.planes[0]
+        for planes in self.planes:
+            nbytes = {plane.data_ptr() - start.data_ptr() for plane, start in zip(planes, first, strict=True)}
+            distance, rest = divmod(min(nbytes), first[0].element_size())
+            if len(nbytes) > 1 or rest:
+                return None
+            apart.append(distance)
+        return tuple(apart)
+
+    @cached_property
+    def distances_on_device(self) -> torch.Tensor | None:
+        """:attr:`layer_distances`, int64 ``[layers]``."""
+        if self.layer_distances is None:
+            return None
+        return torch.tensor(self.layer_distances, device=self.tensors[0].device)
+
     @abstractmethod
     def chunk_views(self, obj: MemoryObj) -> tuple[torch.Tensor, ...]:
         """K and V (only the latent for MLA) of a chunk, each a view ``[layers, blocks, tokens per block, heads, dim]``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
@@ -12,7 +12,7 @@ import torch
 from lmcache.blend.rope import FusedRope
 
 if TYPE_CHECKING:
-    from lmcache.kernels.kv_rows import KVRows
+    from lmcache.kernels.kv_rows import KVLayers, KVRows
 
 Memo: TypeAlias = "dict[Any, Any]"
 
@@ -72,15 +72,17 @@ class RowCorrection:
 class RowsAhead:
     """Rows that will be fresh in every layer: ``rows`` (int64, on the CPU), computed in ``dtype``.
 
-    ``layers(first, n)``: the moved KV of layer ``first`` and of up to ``n − 1`` behind it, which is in place then;
-    ``in_place``: that of all layers is already. ``spans`` and ``memo`` are those of the :class:`RowCorrection` to come.
+    ``layers(first, n)``: the moved KV of layer ``first``, and of as many behind it as a kernel may treat together with
+    it, ``n`` in all at most; it is in place then. ``in_place``: that of all layers is already. ``kv`` are the same rows
+    of some layer. ``spans`` and ``memo`` are those of the :class:`RowCorrection` to come.
     """
 
     rows: torch.Tensor
     dtype: torch.dtype
     spans: tuple[tuple[int, int], ...]
     memo: Memo
-    layers: Callable[[int, int], Sequence[KVRows]]
+    kv: KVRows
+    layers: Callable[[int, int], KVLayers]
     in_place: bool
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from lmcache.kernels.kriging import Pieces, krige_shift, krige_weights
-from lmcache.kernels.kv_rows import KVRows
-from lmcache.memory.to_device import to_device
+from lmcache.kernels.kv_rows import KVLayers
+from lmcache.memory.to_device import ints_to_device, to_device
 
 if TYPE_CHECKING:
     from lmcache.blend.correctors.interface import RowCorrection, RowsAhead
@@ -37,23 +37,21 @@ class KernelKriging:
         """``rows``: the fresh ones, int64, on the CPU, of ``num_rows``."""
         is_fresh = torch.zeros(num_rows, dtype=torch.uint8)
         is_fresh[rows] = 1
-        fresh, is_fresh = to_device(rows.to(torch.int32), device), to_device(is_fresh, device)
+        columns = [column for batch in batches for column in np.array(batch).T]
+        fresh, *sent = ints_to_device([rows.numpy(), *columns], device)
+        is_fresh = to_device(is_fresh, device)
         self._batches: list[Pieces] = []
-        for batch in batches:
-            # Each row begins at a multiple of 16 bytes: kernels are compiled once for all numbers of pieces.
-            numbers = np.zeros((4, -(-len(batch) // 4) * 4), dtype=np.int32)
-            numbers[:, : len(batch)] = np.array(batch, dtype=np.int32).T
-            _, longest, _, most = numbers.max(1).tolist()
-            starts, lengths, firsts, counts = to_device(torch.from_numpy(numbers), device)[:, : len(batch)].unbind(0)
-            self._batches.append(Pieces(starts, lengths, firsts, counts, fresh, is_fresh, longest, most))
+        for at in range(0, len(columns), 4):
+            _, longest, _, most = (int(column.max()) for column in columns[at : at + 4])
+            start, length, first, count = sent[at : at + 4]
+            self._batches.append(Pieces(start, length, first, count, fresh, is_fresh, longest, most))
         self._constants = asdict(of)
         self._num_rows = num_rows
-        self._layers: Callable[[int, int], Sequence[KVRows]] | None = None
+        self._layers: Callable[[int, int], KVLayers] | None = None
         self._dtype = torch.float32
         self._at_once = 1
-        self._in_layers: dict[int, list[Pieces]] = {}
         self._group = range(0)
-        self._of_group: list[torch.Tensor] = []
+        self._of_group: list[tuple[torch.Tensor, ...]] = []
         # Where a replayed shift finds the weights of whatever layer it is replayed for.
         self._weights: list[torch.Tensor] = []
         self._ready_for = -1
@@ -72,35 +70,30 @@ class KernelKriging:
             self._next_group(self._layers(layer_id, self._at_once), layer_id)
         if len(self._group) > 1:
             at = layer_id - self._group.start
-            for weights, of_group in zip(self._weights, self._of_group, strict=True):
-                count = len(weights)
-                weights.copy_(of_group[at * count : (at + 1) * count])
+            for weights, of_layers in zip(self._weights, self._of_group, strict=True):
+                weights.copy_(of_layers[at])
         self._ready_for = layer_id
 
-    def _next_group(self, layers: Sequence[KVRows], first: int) -> None:
-        together = KVRows.one_after_the_other(layers) if len(layers) > 1 else None
+    def _next_group(self, layers: KVLayers, first: int) -> None:
+        self._group = range(first, first + layers.num_layers)
         self._make_room(self._dtype)
-        if together is None:
-            self._group = range(first, first + 1)
-            self._weigh(layers[0], self._batches, self._weights)
+        if layers.num_layers == 1:
+            self._weigh(layers, self._weights)
             return
-        count = len(layers)
-        self._group = range(first, first + count)
-        if count not in self._in_layers:
-            self._in_layers[count] = [pieces.in_layers(count) for pieces in self._batches]
-        self._of_group = [pieces.room_for_weights(self._dtype) for pieces in self._in_layers[count]]
-        self._weigh(together, self._in_layers[count], self._of_group)
+        rooms = [pieces.room_for_weights(self._dtype, layers.num_layers) for pieces in self._batches]
+        self._weigh(layers, rooms)
+        self._of_group = [room.view(layers.num_layers, -1, *room.shape[1:]).unbind(0) for room in rooms]
 
     def correct(self, layer: RowCorrection) -> None:
         if self._ready_for != layer.layer_id:
             self._make_room(layer.fresh_keys.dtype)
-            self._weigh(layer.kv.kernel_rows, self._batches, self._weights)
+            self._weigh(KVLayers(layer.kv.kernel_rows, None), self._weights)
             self._ready_for = layer.layer_id
         for pieces, weights in zip(self._batches, self._weights, strict=True):
             krige_shift(layer.kv.kernel_rows, pieces, weights, layer.fresh_keys, layer.fresh_values)
 
-    def _weigh(self, kv: KVRows, batches: Sequence[Pieces], into: Sequence[torch.Tensor]) -> None:
-        for pieces, weights in zip(batches, into, strict=True):
+    def _weigh(self, kv: KVLayers, into: Sequence[torch.Tensor]) -> None:
+        for pieces, weights in zip(self._batches, into, strict=True):
             krige_weights(kv, pieces, weights, **self._constants)
 
     def _make_room(self, dtype: torch.dtype) -> None:

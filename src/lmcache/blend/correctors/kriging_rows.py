@@ -84,7 +84,7 @@ class PieceBatch:
 
 def preparation(ahead: RowsAhead, of: Covariance, limits: PieceLimits) -> Callable[[int], None] | None:
     """What :func:`correct_pieces` needs of moved KV alone."""
-    for way in _ways(ahead, ahead.layers(0, 1)[0], limits, of):
+    for way in _ways(ahead, ahead.kv, limits, of):
         if not isinstance(way, _ByTorch):
             way.look_ahead(ahead)
             return way.get_ready

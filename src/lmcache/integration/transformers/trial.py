@@ -47,6 +47,7 @@ class _Recorder:
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.layers.append(layer_id)
         self.keys.append(k)

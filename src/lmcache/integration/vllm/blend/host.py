@@ -18,7 +18,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context, override_forward_context, set_forward_context
 
 from lmcache.blend.captured_model import SIZES, CapturedModel
-from lmcache.blend.host import Attend
+from lmcache.blend.host import Attend, have_in_place
 from lmcache.integration.vllm.blend.scoring import Scoring
 from lmcache.integration.vllm.blend.supported import attention_layers, check_served
 from lmcache.memory.to_device import to_device
@@ -148,8 +148,10 @@ class _StandIn:
             sliding_window=scoring.sliding_window,
             softcap=scoring.softcap,
             sinks=scoring.sinks,
+            out=output,
         )
-        return output.copy_(attended)
+        have_in_place(attended, output)
+        return output
 
 
 class VLLMHost:
