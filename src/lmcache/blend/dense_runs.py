@@ -41,8 +41,8 @@ class DenseRuns:
     ``keys`` (int32 ``[R]``): how many keys all queries of a run see; ``most_keys`` is the largest of them.
 
     An engine begins with the first sequence that it is given, and the last one to end should be a short one: ``order``
-    (int32 ``[n]``) are the queries with the last run first, ``back`` the way to where they were. ``starts`` (int32
-    ``[R + 1]``) says where each run begins in that order, ``keys_in_order`` are the ``keys`` of it.
+    (int32 ``[n]``) are the queries with the last run first. ``starts`` (int32 ``[R + 1]``) says where each run begins
+    in that order, ``keys_in_order`` are the ``keys`` of it.
     """
 
     tokens: int
@@ -50,7 +50,6 @@ class DenseRuns:
     blocks: torch.Tensor
     most_keys: int
     order: torch.Tensor
-    back: torch.Tensor
     starts: torch.Tensor
     keys_in_order: torch.Tensor
 
@@ -64,7 +63,8 @@ class DenseAttention(Protocol):
         """``q`` ``[n, query_heads, dim]``, pages ``[blocks, block_size, kv_heads, dim]``.
 
         Returns:
-            ``[n, query_heads, dim]``, dense, and the logarithms of the softmax sums, float32 ``[query_heads, n]``.
+            ``[n, query_heads, dim]``, dense, and the logarithms of the softmax sums, float32 ``[query_heads, n]``; both
+            in the order of ``runs``.
         """
 
 
@@ -89,17 +89,14 @@ def dense_runs(positions: torch.Tensor, blocks: torch.Tensor, device: torch.devi
     ends = np.minimum(begins + tokens, count)
     keys = positions.numpy()[begins] + 1
     order = np.concatenate([np.arange(begin, end) for begin, end in zip(begins[::-1], ends[::-1], strict=True)])
-    back = np.empty_like(order)
-    back[order] = np.arange(count)
     starts = np.concatenate([[0], np.cumsum((ends - begins)[::-1])])
-    sent = ints_to_device([keys, order, back, starts, keys[::-1]], device)
+    sent = ints_to_device([keys, order, starts, keys[::-1]], device)
     return DenseRuns(
         tokens=tokens,
         keys=sent[0],
         blocks=blocks[None].expand(len(keys), -1).contiguous(),
         most_keys=int(keys[-1]),
         order=sent[1],
-        back=sent[2],
-        starts=sent[3],
-        keys_in_order=sent[4],
+        starts=sent[2],
+        keys_in_order=sent[3],
     )

@@ -126,10 +126,12 @@ def _attend_kernel(
         unmasked_end += tl.maximum(tl.minimum(first + 1, end) - start, 0) // BLOCK_N * BLOCK_N
 
     if SEEN_TOKENS > 0:
-        top = tl.load(SEEN_LSE + head * num_queries + query, mask=there, other=0.0) * _LOG2_E
+        run = query // SEEN_TOKENS
+        seen = num_queries - tl.minimum((run + 1) * SEEN_TOKENS, num_queries) + query - run * SEEN_TOKENS
+        top = tl.load(SEEN_LSE + head * num_queries + seen, mask=there, other=0.0) * _LOG2_E
         total = tl.full([BLOCK_M], 1.0, tl.float32)
         acc = tl.load(
-            SEEN_OUT + (query.to(tl.int64) * HEADS + head)[:, None] * V_DIM + d[None, :],
+            SEEN_OUT + (seen.to(tl.int64) * HEADS + head)[:, None] * V_DIM + d[None, :],
             mask=there[:, None] & (d < V_DIM)[None, :],
             other=0.0,
         ).to(tl.float32)
@@ -215,7 +217,7 @@ class SeenByAll:
 
     A run is ``tokens`` queries in order, of which run ``r`` saw the first ``keys[r]`` keys (int32, on the device).
     ``out``: ``[n, query_heads, value_dim]``, dense; ``lse``: the logarithms of the softmax sums, float32
-    ``[query_heads, n]``.
+    ``[query_heads, n]``; both with the queries of the last run first.
     """
 
     tokens: int

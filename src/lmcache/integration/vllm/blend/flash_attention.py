@@ -29,7 +29,7 @@ def flash_attention(layer: Any) -> DenseAttention | None:
     def attend(
         q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, runs: DenseRuns, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = flash_attn_varlen_func(
+        attended: tuple[torch.Tensor, torch.Tensor] = flash_attn_varlen_func(
             q=q.index_select(0, runs.order),
             k=key_pages,
             v=value_pages,
@@ -43,7 +43,7 @@ def flash_attention(layer: Any) -> DenseAttention | None:
             return_softmax_lse=True,
             fa_version=3,
         )
-        return out.index_select(0, runs.back), lse.index_select(1, runs.back)
+        return attended
 
     try:
         error = _error(attend, layer)
