@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from lmcache.blend.policies.interface import SelectionPolicy
@@ -55,8 +56,8 @@ class SampledAttentionPolicy(SelectionPolicy):
         """bool ``[N]``: in each prompt one in the middle of every so many tokens that may be chosen."""
         rows = undecided(context)
         for (start, end), ratio in zip(context.prompts, context.ratios, strict=True):
-            ordinal = rows[start:end].cumsum(0).double()  # from 1
+            of_prompt = rows.numpy()[start:end]  # half as long as with torch, while a GPU waits for it
+            ordinal = np.cumsum(of_prompt, dtype=np.float64)  # from 1
             share = min(self._sample * ratio, self._at_most)
-            until = (ordinal * share + 0.5).floor()
-            rows[start:end] &= until > ((ordinal - 1) * share + 0.5).floor()
+            of_prompt &= np.floor(ordinal * share + 0.5) > np.floor((ordinal - 1) * share + 0.5)
         return rows
