@@ -165,7 +165,7 @@ def test_a_layer_that_is_replayed_in_the_wrong_pages_is_noticed(monkeypatch: pyt
     plain = LayerReplays.__init__
 
     def all_in_the_first(self: LayerReplays, recorder: Any, distances: Any, rows: Any, scales: Any) -> None:
-        plain(self, recorder, [0] * LAYERS, rows, scales)
+        plain(self, recorder, torch.zeros_like(distances), rows, scales)
 
     monkeypatch.setattr(LayerReplays, "__init__", all_in_the_first)
     assert not same(blended(LAYOUTS[0], Repeats()), blended(LAYOUTS[0], None))

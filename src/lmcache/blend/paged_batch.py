@@ -92,9 +92,9 @@ class PagedBatchKV(BatchKV):
         self._replays: LayerReplays | None = None
         if recorder is not None and corrector.alike_in_layers:
             recorder.forget()  # what the blend before has recorded
-            if alike and distances is not None:
+            if self._distances is not None:
                 scales = None if fp8 is None or fp8.alike else fp8.table
-                self._replays = LayerReplays(recorder, distances, self._kv, scales)
+                self._replays = LayerReplays(recorder, self._distances, self._kv, scales)
 
     def load(self, layer_id: int, k: torch.Tensor, v: torch.Tensor) -> LayerKV:
         layer = PagedLayer(layer_id, self._kv.at(*self._planes[layer_id]), self._sent, self._pages)

@@ -49,7 +49,10 @@ def warm_kernels(
     fp8: Fp8Pages | None = None,
 ) -> None:
     """Run small blends of noise, without a model. The pages must be nobody's: the first of them are overwritten."""
+    from lmcache.kernels.next_layer import compile_for
+
     start = time.perf_counter()
+    compile_for(ring.device)
     layout = connector.kv_layout
     for count in _NEW:
         num_tokens = min(_PASSAGE + 2 * count, layout.num_slots)

@@ -205,7 +205,7 @@ def _weights_kernel(
     tl.store(to, weights.to(WEIGHTS.dtype.element_ty), mask=inside[:, None] & (j < padded)[None, :])
 
 
-@triton.jit(do_not_specialize=["longest"])
+@triton.jit(do_not_specialize=["longest", "layer_weights"])
 def _shift_kernel(
     START,
     LENGTH,
@@ -218,9 +218,11 @@ def _shift_kernel(
     SCALE,
     COMPUTED,
     WEIGHTS,
+    AT,
     held_head,
     computed_row,
     computed_head,
+    layer_weights,
     longest,
     padded,
     DIM: tl.constexpr,
@@ -243,6 +245,8 @@ def _shift_kernel(
     d = tl.arange(0, DIM)
     p = tl.arange(0, PANEL)
     kind = WEIGHTS.dtype.element_ty
+    if AT is not None:
+        WEIGHTS += tl.load(AT) * layer_weights
     weights = WEIGHTS + piece.to(tl.int64) * longest * padded + i[:, None] * padded
     shift = tl.zeros([TILE, DIM], tl.float32)
     for k in range(0, count, PANEL):
@@ -363,10 +367,16 @@ def krige_weights(
 
 
 def krige_shift(
-    kv: KVRows, pieces: Pieces, weights: torch.Tensor, fresh_keys: torch.Tensor, fresh_values: torch.Tensor
+    kv: KVRows,
+    pieces: Pieces,
+    weights: torch.Tensor,
+    fresh_keys: torch.Tensor,
+    fresh_values: torch.Tensor,
+    at: torch.Tensor | None = None,
 ) -> None:
     """Shift the rows of ``pieces`` that are not fresh by what the fresh ones show, in place.
 
+    ``weights`` are those of several layers where ``at`` says which one to take (int64 ``[1]``, on the device).
     ``fresh_keys`` and ``fresh_values`` are ``[number of fresh rows of the batch, kv_heads, dim]``, last dim dense; the
     fresh rows of ``kv`` still hold what was moved.
     """
@@ -391,9 +401,11 @@ def krige_shift(
             held_scale,
             computed,
             weights,
+            at,
             head_stride,
             computed.stride(0),
             computed.stride(1),
+            count * pieces.longest * padded,
             pieces.longest,
             padded,
             DIM=kv.dim,

@@ -113,6 +113,6 @@ class BatchedCorrector(Corrector):
         """What :meth:`correct` does, up to rounding."""
 
     def preparation(self, ahead: RowsAhead) -> Callable[[int], None] | None:
-        """To be called with a layer's number before :meth:`correct_rows`: does what does not hang on fresh rows. It is
-        never recorded, so it may do the work of several layers at a time."""
+        """To be called with a layer's number before :meth:`correct_rows`, which must come next, once: does what does
+        not hang on fresh rows. It is never recorded, so it may do the work of several layers at a time."""
         return None

@@ -48,54 +48,52 @@ class KernelKriging:
         self._constants = asdict(of)
         self._num_rows = num_rows
         self._layers: Callable[[int, int], KVLayers] | None = None
-        self._dtype = torch.float32
         self._at_once = 1
         self._group = range(0)
-        self._of_group: list[tuple[torch.Tensor, ...]] = []
-        # Where a replayed shift finds the weights of whatever layer it is replayed for.
+        # Of all layers of a group. A shift that is replayed for each of them finds out by itself which one it is at.
         self._weights: list[torch.Tensor] = []
+        self._at: torch.Tensor | None = None
         self._ready_for = -1
 
     def look_ahead(self, ahead: RowsAhead) -> None:
-        """From now on :meth:`get_ready` is called before a layer is corrected."""
+        """From now on :meth:`get_ready` is called before a layer is corrected, once."""
         rows = _ROWS_IN_PLACE if ahead.in_place else _ROWS_AT_ONCE
         self._at_once = max(1, min(_MOST_LAYERS, rows // self._num_rows))
+        self._make_room(ahead.dtype)
         # Not all of it: its memo holds this object.
-        self._layers, self._dtype = ahead.layers, ahead.dtype
+        self._layers = ahead.layers
 
     def get_ready(self, layer_id: int) -> None:
         """Have the weights of a layer in place."""
         assert self._layers is not None
-        if layer_id not in self._group:
-            self._next_group(self._layers(layer_id, self._at_once), layer_id)
-        if len(self._group) > 1:
-            at = layer_id - self._group.start
-            for weights, of_layers in zip(self._weights, self._of_group, strict=True):
-                weights.copy_(of_layers[at])
+        begins = layer_id not in self._group
+        if begins:
+            layers = self._layers(layer_id, self._at_once)
+            self._group = range(layer_id, layer_id + layers.num_layers)
+            self._weigh(layers)
+        if self._at is not None and (begins or layer_id != self._ready_for + 1):
+            self._at.fill_(layer_id - self._group.start)
         self._ready_for = layer_id
-
-    def _next_group(self, layers: KVLayers, first: int) -> None:
-        self._group = range(first, first + layers.num_layers)
-        self._make_room(self._dtype)
-        if layers.num_layers == 1:
-            self._weigh(layers, self._weights)
-            return
-        rooms = [pieces.room_for_weights(self._dtype, layers.num_layers) for pieces in self._batches]
-        self._weigh(layers, rooms)
-        self._of_group = [room.view(layers.num_layers, -1, *room.shape[1:]).unbind(0) for room in rooms]
 
     def correct(self, layer: RowCorrection) -> None:
         if self._ready_for != layer.layer_id:
             self._make_room(layer.fresh_keys.dtype)
-            self._weigh(KVLayers(layer.kv.kernel_rows, None), self._weights)
+            self._weigh(KVLayers(layer.kv.kernel_rows, None))
+            self._group = range(layer.layer_id, layer.layer_id + 1)
+            if self._at is not None:
+                self._at.zero_()
             self._ready_for = layer.layer_id
         for pieces, weights in zip(self._batches, self._weights, strict=True):
-            krige_shift(layer.kv.kernel_rows, pieces, weights, layer.fresh_keys, layer.fresh_values)
+            krige_shift(layer.kv.kernel_rows, pieces, weights, layer.fresh_keys, layer.fresh_values, self._at)
+        if self._at is not None:
+            self._at.add_(1)
 
-    def _weigh(self, kv: KVLayers, into: Sequence[torch.Tensor]) -> None:
-        for pieces, weights in zip(self._batches, into, strict=True):
-            krige_weights(kv, pieces, weights, **self._constants)
+    def _weigh(self, kv: KVLayers) -> None:
+        for pieces, weights in zip(self._batches, self._weights, strict=True):
+            krige_weights(kv, pieces, weights[: kv.num_layers * len(pieces.start)], **self._constants)
 
     def _make_room(self, dtype: torch.dtype) -> None:
         if not self._weights:
-            self._weights = [pieces.room_for_weights(dtype) for pieces in self._batches]
+            self._weights = [pieces.room_for_weights(dtype, self._at_once) for pieces in self._batches]
+            if self._at_once > 1:
+                self._at = torch.empty(1, dtype=torch.int64, device=self._weights[0].device)
