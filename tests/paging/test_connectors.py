@@ -12,7 +12,7 @@ from lmcache.paging.block_connector import BlockConnector
 from lmcache.paging.make_connector import make_connector
 from lmcache.paging.token_connector import TokenConnector
 from tests.paging.conformance import ConnectorConformance, as_bytes, slots_of
-from tests.paging.worlds import DTYPES, WHOLE_PAGES, WORLDS, Sizes, World, cpu_vec, new_chunk
+from tests.paging.worlds import DTYPES, WHOLE_PAGES, WORLDS, Sizes, World, cpu_vec, kv_second_nhd, new_chunk
 
 
 class TestTokenConnector(ConnectorConformance):
@@ -153,6 +153,27 @@ def test_tokens_go_from_pages_to_other_pages_on_a_gpu(move: tuple) -> None:  # t
 @settings(max_examples=250, deadline=None)
 def test_pages_go_to_other_pages(move: tuple) -> None:  # type: ignore[type-arg]
     check_move(BlockConnector, move)
+
+
+def test_how_far_layers_lie_apart() -> None:
+    world = kv_second_nhd(Sizes())
+    memory = torch.zeros(3, *world.tensors[0].shape, dtype=world.layout.dtype)
+    connector = TokenConnector(world.layout, list(memory))
+    size = memory[0].numel()
+    assert connector.layer_distances == (0, size, 2 * size)
+    assert connector.distances_on_device is not None
+    assert connector.distances_on_device.tolist() == [0, size, 2 * size]
+    backwards = TokenConnector(world.layout, list(memory)[::-1])
+    assert backwards.layer_distances == (0, -size, -2 * size)
+
+
+def test_k_and_v_that_lie_apart_otherwise_have_no_one_distance() -> None:
+    world = kv_second_nhd(Sizes())
+    connector = TokenConnector(world.layout, world.tensors)
+    first, (k, v), last = connector.planes
+    connector.planes = [first, (v, k), last]
+    assert connector.layer_distances is None
+    assert connector.distances_on_device is None
 
 
 class TestPackedPages:
