@@ -45,6 +45,7 @@ class Definition:
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         k, v = k.clone(), v.clone()
         for passage in self._reused if layer_id >= self._first_layer else []:
