@@ -14,10 +14,14 @@ pytest.importorskip("vllm", reason="the host imports vLLM")
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 from lmcache.blend.rope import FusedRope, RopeFrequencies
+from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.blend.model import UnsupportedModelError
 from lmcache.integration.blend.trial import ropes_in_use
+from lmcache.integration.vllm.blend.blender import Blender
 from lmcache.integration.vllm.blend.scoring import Scoring
 from lmcache.integration.vllm.blend.supported import attention_layers, check_served
+from lmcache.integration.vllm.worker_side import WorkerSide
+from lmcache.observability.metrics import Metrics
 
 pytestmark = pytest.mark.vllm
 
@@ -140,3 +144,21 @@ def test_trial_of_layers_that_run_in_another_order() -> None:
     model.layers["layers.1"] = None
     with pytest.raises(UnsupportedModelError, match=r"in the order \[0\], not \[0, 1\]"):
         ropes_in_use(model, [ROPE, ROPE])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_nothing_is_blended_where_the_kernels_cannot_be_compiled(
+    compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Found:
+        def warm_up(self, *_: Any, **__: Any) -> None:
+            if not compiles:
+                raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(Blender, "find", lambda *_: Found())
+    config = LMCacheEngineConfig.from_defaults(enable_blending=True)
+    side: Any = object.__new__(WorkerSide)
+    side._shared = SimpleNamespace(blender=None, config=config, metrics=Metrics())
+    side._vllm_config = None
+    side._find_blender(None, [])
+    assert (side._shared.blender is not None) == compiles

@@ -105,6 +105,7 @@ class WorkerSide:
             self.metrics.blend_fallback("unsupported_model")
             logger.warning("CacheBlend stays off: %s", error)
         except Exception as error:
+            self._shared.blender = None  # each of its blends would fail as well
             report_failure(self.metrics, "find_blender", error)
 
     def _connect(self, kv_caches: dict[str, torch.Tensor]) -> PagedConnector:
