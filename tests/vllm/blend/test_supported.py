@@ -162,3 +162,18 @@ def test_nothing_is_blended_where_the_kernels_cannot_be_compiled(
     side._vllm_config = None
     side._find_blender(None, [])
     assert (side._shared.blender is not None) == compiles
+
+
+def test_a_configuration_that_cannot_be_used_is_said_to_be_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(_: object) -> None:
+        raise ValueError("blend_policy='nonsense'")
+
+    monkeypatch.setattr("lmcache.integration.vllm.worker_side.BlendDefaults", refuses)
+    metrics = Metrics()
+    side: Any = object.__new__(WorkerSide)
+    side._shared = SimpleNamespace(blender=None, config=None, metrics=metrics)
+    side._find_blender(None, [])
+    assert side._shared.blender is None
+    assert any("configuration" in name for name, value in metrics.snapshot().items() if value)

@@ -94,18 +94,21 @@ class WorkerSide:
 
     def _find_blender(self, connector: PagedConnector, layer_names: list[str]) -> None:
         try:
-            self._shared.blender = Blender.find(self._vllm_config, connector, layer_names)
-            logger.info("CacheBlend is on: policy %s", self._shared.config.blend_policy)
             self._blend_defaults = BlendDefaults(self._shared.config)
             usual = self._blend_defaults.for_request({})
-            self._shared.blender.warm_up(
-                usual.policy, usual.corrector, cuda_graphs=self._shared.config.blend_cuda_graphs
-            )
+        except ValueError as error:
+            self.metrics.blend_fallback("configuration")
+            logger.error("CacheBlend stays off: %s", error)
+            return
+        try:
+            blender = Blender.find(self._vllm_config, connector, layer_names)
+            blender.warm_up(usual.policy, usual.corrector, cuda_graphs=self._shared.config.blend_cuda_graphs)
+            self._shared.blender = blender
+            logger.info("CacheBlend is on: policy %s", self._shared.config.blend_policy)
         except UnsupportedModelError as error:
             self.metrics.blend_fallback("unsupported_model")
             logger.warning("CacheBlend stays off: %s", error)
         except Exception as error:
-            self._shared.blender = None  # each of its blends would fail as well
             report_failure(self.metrics, "find_blender", error)
 
     def _connect(self, kv_caches: dict[str, torch.Tensor]) -> PagedConnector:
