@@ -11,7 +11,9 @@ from unittest.mock import patch
 
 from lmcache.cache_engine import LMCacheEngine
 from lmcache.integration.vllm.blend.blender import Blender
+from lmcache.integration.vllm.connector_metadata import LMCacheConnectorMetadata
 from lmcache.integration.vllm.lost_loads import LostLoads
+from lmcache.integration.vllm.worker_side import WorkerSide
 from tests.vllm.blend.serving_scenarios import CONFIG, OPTIONS, PLAIN, Library
 from tests.vllm.scenarios import forget, generate, leaked_references, shared_engines, shut_down, start_llm
 
@@ -25,7 +27,8 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
 
     By vLLM's own wrapper, which loads in the step. (Ours loads before the request's first, and what fails then vLLM
     computes rightly.) Outcomes besides "healed": "hurt", as it is; "nothing done" about it by anybody; "left to vLLM",
-    which is told of it after its forward. ``left``: how many blocks vLLM was told of, by outcome.
+    which is told of it after its forward. ``left``: how many blocks vLLM was told of, by outcome. ``begun_early``: how
+    many steps with blends were begun before vLLM had prepared their forward.
     """
     llm = start_llm(
         "built-in",
@@ -54,8 +57,15 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
     shared.saves.wait()
     answers: dict[str, Any] = {}
     left = dict.fromkeys(outcomes, 0)
-    take = LostLoads.take_blocks
+    take, start = LostLoads.take_blocks, WorkerSide._start
+    early: list[bool] = []
 
+    def started(side: WorkerSide, meta: LMCacheConnectorMetadata, context: Any) -> None:
+        if meta.blends:
+            early.append(meta is side._begun)
+        start(side, meta, context)
+
+    patch.object(WorkerSide, "_start", started).start()
     for name, prompt in prompts.items():
         params = KEPT if name == "prefix" else BLENDED
         forget(llm)
@@ -82,7 +92,7 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
     leaks = leaked_references()
     counted = {name: value for name, value in shared.metrics.snapshot().items() if "failure" in name}
     shut_down(llm)
-    return {"answers": answers, "left": left, "leaks": leaks, "counted": counted}
+    return {"answers": answers, "left": left, "leaks": leaks, "counted": counted, "begun_early": sum(early)}
 
 
 def picture() -> dict[str, Any]:

@@ -162,6 +162,8 @@ class SchedulerSide:
             new_blocks = [] if blocks is None else blocks[0]
             self._plan(meta, output, req_id, new_blocks, req_id in cached.resumed_req_ids, computed)
         meta.preempted = [req_id for req_id, tracker in self._trackers.items() if tracker.was_preempted()]
+        if meta.blends and not getattr(output, "new_block_ids_to_zero", None):
+            self._shared.begin_early(meta)
         return meta
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

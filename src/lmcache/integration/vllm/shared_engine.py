@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
@@ -15,7 +15,7 @@ from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.vllm.background_loads import BackgroundLoads
 from lmcache.integration.vllm.blend.blender import Blender
 from lmcache.integration.vllm.blend.scheduling import BlendScheduling, PreparedBlend
-from lmcache.integration.vllm.connector_metadata import BlendOp
+from lmcache.integration.vllm.connector_metadata import BlendOp, LMCacheConnectorMetadata
 from lmcache.integration.vllm.deferred_release import DeferredReleases
 from lmcache.integration.vllm.model_identity import engine_metadata
 from lmcache.integration.vllm.parallel.placement import config_of_rank, reason_against
@@ -44,7 +44,8 @@ class SharedEngine:
     ``handed_over`` carries a lease from the role that took it to the role that loads, by the name that
     :meth:`hand_over` gave it; ``failed_loads`` tells the way back which requests got nothing after all. So do
     ``prepared_blends`` and ``blend_reports``; ``held_passages`` waits for blends that another process prepares.
-    ``blender`` is there once the worker role has found that the model can be blended.
+    ``blender`` is there once the worker role has found that the model can be blended, ``begins_early`` once there is a
+    worker role.
 
     Both roles :meth:`acquire` it by the engine id that vLLM gives them; when the last one lets go, or at exit, saves
     under way are finished and everything is closed, ``companions`` first.
@@ -58,6 +59,7 @@ class SharedEngine:
     failed_loads: set[str] = field(default_factory=set)
     held_passages: dict[str, PassageLease] = field(default_factory=dict)
     blender: Blender | None = None
+    begins_early: Callable[[LMCacheConnectorMetadata], None] | None = None
     blend_scheduling: BlendScheduling | None = None
     prepared_blends: dict[str, PreparedBlend] = field(default_factory=dict)
     blend_reports: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -96,6 +98,11 @@ class SharedEngine:
         """The worker role will be given ``prepared`` in this step, unless vLLM finds no room for its request."""
         if self.blender is not None:
             self.blender.stage(prepared)
+
+    def begin_early(self, meta: LMCacheConnectorMetadata) -> None:
+        """The worker role, if it is in this process, may start a step that is planned."""
+        if self.begins_early is not None:
+            self.begins_early(meta)
 
     def settle(self, req_id: str) -> None:
         """``req_id`` has ended. The worker role has told what became of it already."""
@@ -146,6 +153,7 @@ class SharedEngine:
         shared.close()
 
     def close(self) -> None:
+        self.begins_early = None
         self.companions.close()
         self.loads.close()
         self.saves.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -61,6 +62,9 @@ class WorkerSide:
         self._block_size: int = vllm_config.cache_config.block_size
         self._device = torch.device("cpu")
         self._meta: LMCacheConnectorMetadata | None = None
+        self._begun: LMCacheConnectorMetadata | None = None
+        self._runs_in: tuple[int, torch.cuda.Stream | None] | None = None
+        shared.begins_early = self.begin_early
         self._blend_defaults: BlendDefaults | None = None
         self._lost = LostLoads(shared, vllm_config, agreement)
         self._layerwise = LayerwiseLoads(self._lost.give_up)
@@ -146,6 +150,8 @@ class WorkerSide:
     @never_raise(lambda: None)
     def bind_connector_metadata(self, meta: LMCacheConnectorMetadata) -> None:
         """Start a step. Before vLLM 0.32 the first call of a step is :meth:`start_load_kv`, which comes here."""
+        if meta is self._meta:
+            return
         self._meta = meta
         if meta.preempted:
             # Their blocks may belong to someone else in this very step.
@@ -158,6 +164,41 @@ class WorkerSide:
         """``context``: of this step's forward, where its layers may be asked for one by one."""
         if meta is not self._meta:
             self.bind_connector_metadata(meta)
+        begun, self._begun = self._begun, None
+        if meta is begun:
+            self._follow()
+            return
+        if meta.blends:
+            self._runs_in = self._here()
+        self._start(meta, context)
+
+    @never_raise(lambda: None)
+    def begin_early(self, meta: LMCacheConnectorMetadata) -> None:
+        """A step with blends is planned: start it, if that can be, while vLLM prepares its forward. The GPU has
+        something to do then, and :meth:`start_load_kv` nothing any more.
+
+        It can be in the thread and on the stream that steps run in, which the first blend tells, once vLLM has made the
+        last call of the step before.
+        """
+        if not meta.blends or self._meta is not None or self._runs_in is None or self._runs_in != self._here():
+            return
+        with torch.inference_mode():
+            self.bind_connector_metadata(meta)
+            self._begun = meta
+            self._start(meta, None)
+
+    def _here(self) -> tuple[int, torch.cuda.Stream | None]:
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        return threading.get_ident(), stream
+
+    def _follow(self) -> None:
+        """What is queued from now on comes after what was begun early."""
+        here = self._here()
+        if self._runs_in is not None and here[1] is not None and self._runs_in[1] not in (None, here[1]):
+            here[1].wait_stream(self._runs_in[1])
+        self._runs_in = here
+
+    def _start(self, meta: LMCacheConnectorMetadata, context: ForwardContext | None) -> None:
         self._lost.begin_step()
         for load in meta.asynchronous_loads:
             self._shared.loads.submit(load.req_id, partial(self._load, load, asynchronous=True))

@@ -86,6 +86,9 @@ class RankedCache:
     def stage(self, prepared: PreparedBlend) -> None:
         """The ranks learn of it with the step."""
 
+    def begin_early(self, meta: LMCacheConnectorMetadata) -> None:
+        """As :meth:`stage`."""
+
     def make_finder(self, cutter: PromptCutter) -> RankedFinder:
         return RankedFinder(self._ranks, cutter)
 

@@ -1,0 +1,90 @@
+"""A step with blends is begun as soon as it is planned, once, and only where it would run anyway."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="the connector imports vLLM")
+
+from lmcache.integration.vllm.connector_metadata import BlendOp, LMCacheConnectorMetadata
+from lmcache.integration.vllm.worker_side import WorkerSide
+from lmcache.observability.metrics import Metrics
+
+pytestmark = pytest.mark.vllm
+
+
+class Worker(WorkerSide):
+    """Notes what it starts."""
+
+    def __init__(self) -> None:
+        saves = SimpleNamespace(wait=lambda _: None, free_when_done=lambda _: None)
+        self._shared = SimpleNamespace(metrics=Metrics(), saves=saves)  # type: ignore[assignment]
+        self._device = torch.device("cpu")
+        self._meta = self._begun = self._runs_in = None
+        self.started: list[LMCacheConnectorMetadata] = []
+
+    def _start(self, meta: LMCacheConnectorMetadata, context: Any) -> None:
+        assert self._meta is meta, "what it may overwrite was waited for"
+        self.started.append(meta)
+
+    def run(self, meta: LMCacheConnectorMetadata) -> None:
+        """As vLLM does once it has prepared the forward."""
+        self.bind_connector_metadata(meta)
+        self.start_load_kv(meta)
+
+    def has_started(self, meta: LMCacheConnectorMetadata) -> bool:
+        return any(started is meta for started in self.started)
+
+    def end(self) -> None:
+        self._meta = None  # as wait_for_save does
+
+
+def step(*, blends: bool = True) -> LMCacheConnectorMetadata:
+    return LMCacheConnectorMetadata(blends=[BlendOp("request", 0, [1])] if blends else [])
+
+
+def test_every_step_is_started_once() -> None:
+    worker, steps = Worker(), [step(), step(), step(blends=False), step()]
+    early = []
+    for meta in steps:
+        worker.begin_early(meta)
+        early.append(worker.has_started(meta))
+        worker.run(meta)
+        worker.end()
+    assert list(map(id, worker.started)) == list(map(id, steps))
+    assert early == [False, True, False, True], "the first one tells where steps run"
+
+
+def test_not_before_the_step_before_has_ended() -> None:
+    worker, first, second = Worker(), step(), step()
+    worker.run(first)
+    worker.begin_early(second)
+    assert not worker.has_started(second)
+    worker.end()
+    worker.run(second)
+    assert worker.has_started(second)
+    assert len(worker.started) == 2
+
+
+def test_not_in_another_thread() -> None:
+    worker, first, second = Worker(), step(), step()
+    worker.run(first)
+    worker.end()
+    thread = threading.Thread(target=worker.begin_early, args=(second,))
+    thread.start()
+    thread.join()
+    assert not worker.has_started(second)
+
+
+def test_a_step_that_was_begun_and_never_came_is_not_taken_for_the_next() -> None:
+    worker, first, lost, third = Worker(), step(), step(), step()
+    worker.run(first)
+    worker.end()
+    worker.begin_early(lost)
+    worker.run(third)
+    assert list(map(id, worker.started)) == list(map(id, (first, lost, third)))
