@@ -27,8 +27,8 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
 
     By vLLM's own wrapper, which loads in the step. (Ours loads before the request's first, and what fails then vLLM
     computes rightly.) Outcomes besides "healed": "hurt", as it is; "nothing done" about it by anybody; "left to vLLM",
-    which is told of it after its forward. ``left``: how many blocks vLLM was told of, by outcome. ``begun_early``: how
-    many steps with blends were begun before vLLM had prepared their forward.
+    which is told of it after its forward. ``left``: how many blocks vLLM was told of, by outcome. ``begun_early``:
+    of each step with blends, whether it was begun before vLLM had prepared its forward.
     """
     llm = start_llm(
         "built-in",
@@ -62,7 +62,7 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
 
     def started(side: WorkerSide, meta: LMCacheConnectorMetadata, context: Any) -> None:
         if meta.blends:
-            early.append(meta is side._begun)
+            early.append(meta is side._early._begun)
         start(side, meta, context)
 
     patch.object(WorkerSide, "_start", started).start()
@@ -92,7 +92,7 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
     leaks = leaked_references()
     counted = {name: value for name, value in shared.metrics.snapshot().items() if "failure" in name}
     shut_down(llm)
-    return {"answers": answers, "left": left, "leaks": leaks, "counted": counted, "begun_early": sum(early)}
+    return {"answers": answers, "left": left, "leaks": leaks, "counted": counted, "begun_early": early}
 
 
 def picture() -> dict[str, Any]:

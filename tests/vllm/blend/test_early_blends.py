@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("vllm", reason="the connector imports vLLM")
 
 from lmcache.integration.vllm.connector_metadata import BlendOp, LMCacheConnectorMetadata
+from lmcache.integration.vllm.early_start import EarlyStart
 from lmcache.integration.vllm.worker_side import WorkerSide
 from lmcache.observability.metrics import Metrics
 
@@ -25,7 +26,9 @@ class Worker(WorkerSide):
         saves = SimpleNamespace(wait=lambda _: None, free_when_done=lambda _: None)
         self._shared = SimpleNamespace(metrics=Metrics(), saves=saves)  # type: ignore[assignment]
         self._device = torch.device("cpu")
-        self._meta = self._begun = self._runs_in = None
+        self._meta = None
+        self._early = EarlyStart(lambda: self.in_step)
+        self.in_step = False
         self.started: list[LMCacheConnectorMetadata] = []
 
     def _start(self, meta: LMCacheConnectorMetadata, context: Any) -> None:
@@ -34,6 +37,7 @@ class Worker(WorkerSide):
 
     def run(self, meta: LMCacheConnectorMetadata) -> None:
         """As vLLM does once it has prepared the forward."""
+        self.in_step = True
         self.bind_connector_metadata(meta)
         self.start_load_kv(meta)
 
@@ -41,7 +45,8 @@ class Worker(WorkerSide):
         return any(started is meta for started in self.started)
 
     def end(self) -> None:
-        self._meta = None  # as wait_for_save does
+        """vLLM 0.25 does not call ``wait_for_save`` of a step without a forward, as the one after a request's last."""
+        self.in_step = False
 
 
 def step(*, blends: bool = True) -> LMCacheConnectorMetadata:

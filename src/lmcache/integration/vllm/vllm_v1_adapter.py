@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
+def _is_in_step(connector: KVConnectorBase_V1) -> bool:
+    """Whether vLLM has told ``connector`` of a step and not yet that it has ended. Holds no reference by itself."""
+    return bool(connector.has_connector_metadata())
+
+
 class LMCacheConnectorV1Impl:
     """Prefix reuse and CacheBlend for vLLM. No method raises into vLLM; without a usable set-up every call is a miss.
 
@@ -76,7 +81,8 @@ class LMCacheConnectorV1Impl:
             return
         if apart:
             RankService.start(shared, vllm_config)
-        self._worker = WorkerSide(shared, vllm_config, TensorParallelAgreement.of_vllm() if apart else None)
+        agreement = TensorParallelAgreement.of_vllm() if apart else None
+        self._worker = WorkerSide(shared, vllm_config, partial(_is_in_step, self._parent), agreement)
 
     # Worker role, in the order of a step
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -23,6 +22,7 @@ from lmcache.integration.vllm.connector_metadata import (
     LoadOp,
 )
 from lmcache.integration.vllm.deferred_release import Releasable
+from lmcache.integration.vllm.early_start import EarlyStart
 from lmcache.integration.vllm.layerwise import LayerwiseLoads, calls_layer_hooks
 from lmcache.integration.vllm.lost_loads import LostLoads
 from lmcache.integration.vllm.page_saves import PageSaves, slot_mapping
@@ -52,9 +52,13 @@ class WorkerSide:
     """Runs one step's :class:`LMCacheConnectorMetadata`: loads before the forward, saves after it."""
 
     def __init__(
-        self, shared: SharedEngine, vllm_config: VllmConfig, agreement: TensorParallelAgreement | None = None
+        self,
+        shared: SharedEngine,
+        vllm_config: VllmConfig,
+        in_step: Callable[[], bool],
+        agreement: TensorParallelAgreement | None = None,
     ) -> None:
-        """``agreement``: with the other ranks, where there are any."""
+        """``in_step``: whether vLLM is in one. ``agreement``: with the other ranks, where there are any."""
         self._shared = shared
         self._agreement = agreement
         self._engine = shared.engine
@@ -62,8 +66,7 @@ class WorkerSide:
         self._block_size: int = vllm_config.cache_config.block_size
         self._device = torch.device("cpu")
         self._meta: LMCacheConnectorMetadata | None = None
-        self._begun: LMCacheConnectorMetadata | None = None
-        self._runs_in: tuple[int, torch.cuda.Stream | None] | None = None
+        self._early = EarlyStart(in_step)
         shared.begins_early = self.begin_early
         self._blend_defaults: BlendDefaults | None = None
         self._lost = LostLoads(shared, vllm_config, agreement)
@@ -164,39 +167,16 @@ class WorkerSide:
         """``context``: of this step's forward, where its layers may be asked for one by one."""
         if meta is not self._meta:
             self.bind_connector_metadata(meta)
-        begun, self._begun = self._begun, None
-        if meta is begun:
-            self._follow()
-            return
-        if meta.blends:
-            self._runs_in = self._here()
-        self._start(meta, context)
+        if not self._early.has_begun(meta, self._device):
+            self._start(meta, context)
 
     @never_raise(lambda: None)
     def begin_early(self, meta: LMCacheConnectorMetadata) -> None:
-        """A step with blends is planned: start it, if that can be, while vLLM prepares its forward. The GPU has
-        something to do then, and :meth:`start_load_kv` nothing any more.
-
-        It can be in the thread and on the stream that steps run in, which the first blend tells, once vLLM has made the
-        last call of the step before.
-        """
-        if not meta.blends or self._meta is not None or self._runs_in is None or self._runs_in != self._here():
-            return
-        with torch.inference_mode():
-            self.bind_connector_metadata(meta)
-            self._begun = meta
-            self._start(meta, None)
-
-    def _here(self) -> tuple[int, torch.cuda.Stream | None]:
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        return threading.get_ident(), stream
-
-    def _follow(self) -> None:
-        """What is queued from now on comes after what was begun early."""
-        here = self._here()
-        if self._runs_in is not None and here[1] is not None and self._runs_in[1] not in (None, here[1]):
-            here[1].wait_stream(self._runs_in[1])
-        self._runs_in = here
+        """A step is planned: start it, if that can be, so that :meth:`start_load_kv` has nothing left to do."""
+        if self._early.begins(meta, self._device):
+            with torch.inference_mode():
+                self.bind_connector_metadata(meta)
+                self._start(meta, None)
 
     def _start(self, meta: LMCacheConnectorMetadata, context: ForwardContext | None) -> None:
         self._lost.begin_step()
