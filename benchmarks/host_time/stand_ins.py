@@ -55,7 +55,7 @@ class FirstCopies:
 def _nothing(*_: object, **__: object) -> None: ...
 
 
-def _read(_: object, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _read(_: object, rows: torch.Tensor, *__: object) -> tuple[torch.Tensor, torch.Tensor]:
     nothing = torch.zeros(len(rows), HEADS, DIM, dtype=torch.bfloat16)
     return nothing, nothing
 
@@ -74,7 +74,7 @@ def install() -> FirstCopies:
     scores = torch.rand(1, 1 << 16)
     kernels: dict[str, dict[str, Any]] = {
         "kv_write": {"place": _nothing, "write": _nothing, "Turns": _Turns},
-        "kv_read": {"read": _read, "deviation": _nothing},
+        "kv_read": {"read": _read, "read_among": _read, "deviation": _nothing},
         "sparse_attention": {"sparse_attention": lambda q, *_, **__: (q, None), "SeenByAll": SimpleNamespace},
         "attention_received": {"attention_received": lambda q, kv, *_, **__: scores[:, : len(kv.offsets)]},
         "chunk_copy": {"copy_chunks": _nothing, "PageAddresses": SimpleNamespace},

@@ -11,7 +11,7 @@ from tests.kernels.needs_triton import DEVICE, FP8, require
 
 require()
 
-from lmcache.kernels.kv_read import deviation, read  # noqa: E402 - needs Triton
+from lmcache.kernels.kv_read import deviation, read, read_among  # noqa: E402 - needs Triton
 from lmcache.kernels.kv_rows import KVRows  # noqa: E402
 from lmcache.kernels.kv_write import Turns, place, write  # noqa: E402
 
@@ -106,6 +106,13 @@ def test_fresh_rows(dtype: torch.dtype, computed: torch.dtype) -> None:
     assert all(int(plane.abs().sum()) == 0 for plane in read(kv, torch.full((5,), -1, device=DEVICE).int()))
 
     others = torch.randn(2, MOVED, heads, dim, device=DEVICE).to(computed)
+    second = torch.arange(MOVED, device=DEVICE) % 2 == 0
+    among = read_among(kv, rows, *others, torch.where(second, torch.arange(MOVED, device=DEVICE), -1).int())
+    for plane, other, held_there in zip(among, others, dense, strict=True):
+        assert torch.equal(plane[second], other[second])
+        # The interpreter does not round bfloat16 to the nearest.
+        eps = torch.finfo(computed).eps
+        torch.testing.assert_close(plane[~second], held_there[~second].to(computed), atol=0, rtol=2 * eps)
     for change, other, plane in zip(deviation(*others, rows, kv), others, dense, strict=True):
         torch.testing.assert_close(change, (other.float() - plane).square().flatten(1).sum(1))
 

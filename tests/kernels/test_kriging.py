@@ -59,6 +59,23 @@ def test_one_by_one_and_together(alike: float, longest: int, share: float, monke
             assert share == 1.0 or not torch.equal(got[kept], before[kept])
 
 
+@pytest.mark.parametrize("behind", [0, 1, 2])
+def test_values_anywhere_behind_their_keys(behind: int) -> None:
+    """K and V are shifted by one launch, which is told how far they are apart."""
+    torch.manual_seed(0)
+    rows, held = torch.arange(0, 100, 7), torch.randn(2 * 3200 + behind, device=DEVICE)
+    fresh = torch.randn(len(rows), 2, 48, device=DEVICE)
+    ours = held[:3200].view(100, 2, 16), held[3200 + behind :].view(100, 2, 16)
+    apart = tuple(x.clone() for x in ours)
+    for held_in, computed in (
+        (ours, (fresh[..., :16], fresh[..., 31:47])),
+        (apart, (fresh[..., :16], fresh[..., 31:47].contiguous())),
+    ):
+        KrigingCorrector().correct_rows(RowCorrection(0, Rows(*held_in), rows, *computed, ((0, 100),), {}))
+    for shifted, expected in zip(ours, apart, strict=True):
+        torch.testing.assert_close(shifted, expected)
+
+
 SCALES = (0.05, 1.7)
 
 

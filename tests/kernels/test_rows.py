@@ -10,7 +10,7 @@ from tests.kernels.needs_triton import DEVICE, DTYPES, require
 
 require()
 
-from lmcache.kernels.kv_read import deviation, read  # noqa: E402 - needs Triton
+from lmcache.kernels.kv_read import deviation, read, read_among  # noqa: E402 - needs Triton
 from lmcache.kernels.kv_rows import KVRows  # noqa: E402
 from lmcache.kernels.kv_write import Turns, place, write  # noqa: E402
 
@@ -48,7 +48,15 @@ def test_rows_in_pages(heads: int, dim: int, rotary: int, neox: bool, dtype: tor
     measured = deviation(fresh, fresh, rows, kv)
     for change, held in zip(measured, (keys, values), strict=True):
         torch.testing.assert_close(change, (fresh.float() - held.float()).square().flatten(1).sum(1))
-    left_out = torch.where(torch.arange(MOVED, device=DEVICE) % 3 == 0, -1, rows).int()
+    third = torch.arange(MOVED, device=DEVICE) % 3 == 0
+    among = read_among(
+        kv, rows, fresh, 2 * fresh, torch.where(third, torch.arange(MOVED, device=DEVICE) // 3, -1).int()
+    )
+    for plane, held, computed in zip(among, (keys, values), (fresh, 2 * fresh), strict=True):
+        assert torch.equal(plane[~third], held[~third])
+        assert torch.equal(plane[third], computed[: int(third.sum())])
+
+    left_out = torch.where(third, -1, rows).int()
     write(fresh, fresh, left_out, kv)
     for plane, before in zip(read(kv, rows), (keys, values), strict=True):
         assert torch.equal(plane[::3], before[::3])

@@ -6,7 +6,6 @@ import torch
 
 from lmcache.blend.layer_kv import LayerKV
 from lmcache.blend.pieces import Piece
-from lmcache.memory.to_device import to_device
 
 
 class EarlyRows:
@@ -27,13 +26,7 @@ class EarlyRows:
         before = first + torch.nonzero(early[first:end])[:, 0]
         self.rows = torch.cat([piece.rows, before]).sort().values
         self._at = torch.searchsorted(self.rows, piece.rows)
-        self._at_on_device: torch.Tensor | None = None
 
     def joined(self, layer: LayerKV, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of :attr:`rows`, ``[n, kv_heads, dim]``, where ``k`` and ``v`` are those of the piece.
-
-        In their dtype; pages of fp8 give what they hold in float32."""
-        if self._at_on_device is None:
-            self._at_on_device = to_device(self._at, k.device)
-        keys, values = (held.to(k.dtype) for held in layer.held(self.rows))
-        return keys.index_copy_(0, self._at_on_device, k), values.index_copy_(0, self._at_on_device, v)
+        """K and V of :attr:`rows`, ``[n, kv_heads, dim]``, where ``k`` and ``v`` are those of the piece."""
+        return layer.held_among(self.rows, k, v, self._at)

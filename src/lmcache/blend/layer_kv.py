@@ -76,6 +76,16 @@ class LayerKV:
         at = rows.to(self.keys.device)
         return self.keys.index_select(0, at), self.values.index_select(0, at)
 
+    def held_among(
+        self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`held` of ``rows``, in the dtype of ``k``, but ``rows[at[i]]`` are as in row ``i`` of ``k`` and ``v``.
+
+        The same tensors ``rows`` and ``at`` mean the same rows in all layers."""
+        on_device = at.to(k.device)
+        keys, values = (held.to(k.dtype) for held in self.held(rows))
+        return keys.index_copy_(0, on_device, k), values.index_copy_(0, on_device, v)
+
     def attention(
         self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring, out: torch.Tensor | None = None
     ) -> torch.Tensor:

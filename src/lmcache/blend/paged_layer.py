@@ -27,6 +27,7 @@ class OnDevice:
         self.device = device
         self._exact = exact
         self._sent: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[tuple[int, ...], tuple[list[torch.Tensor], torch.Tensor]] = {}
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
@@ -36,6 +37,15 @@ class OnDevice:
     def writable(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` as int32, −1 in place of exact ones."""
         return self._send(rows, writable=True)
+
+    def places(self, at: torch.Tensor, count: int) -> torch.Tensor:
+        """int32 ``[count]``: at ``at[i]`` it is ``i``, −1 elsewhere."""
+        held = self._places.get(id(at))
+        if held is None:
+            numbers = torch.full((count,), -1, dtype=torch.int32)
+            numbers[at] = torch.arange(len(at), dtype=torch.int32)
+            held = self._places[id(at)] = at, to_device(numbers, self.device)
+        return held[1]
 
     def mask(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """bool ``[N]``, on the host: the rows in any of ``parts``. The same tensor for the same parts."""
@@ -149,6 +159,14 @@ class PagedLayer(LayerKV):
 
     def held(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.read(self._sent.rows(rows))
+
+    def held_among(
+        self, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from lmcache.kernels.kv_read import read_among
+
+        places = self._sent.places(at, len(rows))
+        return read_among(self.kv, self._sent.rows(rows), dense_heads(k), dense_heads(v), places)
 
     def attention(
         self, q: torch.Tensor, keys: slice, mask: QueryMask, scoring: Scoring, out: torch.Tensor | None = None

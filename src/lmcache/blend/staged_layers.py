@@ -169,13 +169,13 @@ class StagedLayers:
         self._dtype = dtype
         self._next = 0
 
-    def begin(self, most_bytes: int | None = None) -> None:
-        """Queue the copies of the first layers, before any is asked for; not many more than ``most_bytes``, until
-        :meth:`go_on`."""
+    def begin(self, bytes_now: int | None = None) -> None:
+        """Queue the copies of the first layers, before any is asked for; about as many as make up ``bytes_now``,
+        until :meth:`go_on`."""
         self._ring.begin(self.num_rows, self._row_numel, self._dtype, self._num_layers)
         depth = len(self._ring.slots)
-        if most_bytes is not None:
-            depth = min(depth, 1 + most_bytes // max(1, self.num_rows * self._row_bytes))
+        if bytes_now is not None:
+            depth = min(depth, max(1, round(bytes_now / max(1, self.num_rows * self._row_bytes))))
         self._fetch(depth)
 
     def go_on(self) -> None:

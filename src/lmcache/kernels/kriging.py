@@ -1,20 +1,22 @@
 """Kriging of many passages at once: the kernels behind :mod:`lmcache.blend.correctors.kriging_rows`, which has the
-formulas and is their reference. Seven launches, whatever the number of passages; five of them may serve many layers."""
+formulas and is their reference. Six launches, whatever the number of passages; five of them may serve many layers."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from lmcache.kernels.fp8 import as_fp8, real
+from lmcache.kernels.fp8 import as_fp8
 from lmcache.kernels.inverse import PANEL, invert
-from lmcache.kernels.kv_rows import KVLayers, KVRows
+from lmcache.kernels.kv_rows import KVLayers, KVRows, power_of_two
 from lmcache.kernels.launch import launch
 
 _TILE = 64
+_VECTOR_BYTES = 16
 # One variant for all pieces up to 1,024 rows: a new one would be compiled while a request waits.
 _FEWEST_BLOCK_TILES = 16
 MAX_FRESH = 512
@@ -205,7 +207,7 @@ def _weights_kernel(
     tl.store(to, weights.to(WEIGHTS.dtype.element_ty), mask=inside[:, None] & (j < padded)[None, :])
 
 
-@triton.jit(do_not_specialize=["longest", "layer_weights"])
+@triton.jit(do_not_specialize=["value_distance", "computed_distance", "longest", "layer_weights"])
 def _shift_kernel(
     START,
     LENGTH,
@@ -215,31 +217,40 @@ def _shift_kernel(
     IS_FRESH,
     OFFSETS,
     HELD,
-    SCALE,
+    K_SCALE,
+    V_SCALE,
     COMPUTED,
     WEIGHTS,
     AT,
+    value_distance,
+    computed_distance,
     held_head,
     computed_row,
     computed_head,
     layer_weights,
     longest,
     padded,
+    HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ALIGN: tl.constexpr,
+    COMPUTED_ALIGN: tl.constexpr,
     TILE: tl.constexpr,
     PANEL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile's rows of one head of K, or of V. Fresh rows stay: others go by them, and they are overwritten next."""
+    """A tile's rows of one head of K, or of V, which lie at a distance behind K: both in one launch fill a GPU better.
+    Fresh rows stay: others go by them, and they are overwritten next."""
     piece = tl.program_id(0)
-    head = tl.program_id(2)
+    head = tl.program_id(2) % HEADS
+    of_value = (tl.program_id(2) // HEADS).to(tl.int64)
     length = tl.load(LENGTH + piece)
     start = tl.load(START + piece)
     first = tl.load(FIRST + piece)
     count = tl.load(COUNT + piece)
-    held = HELD + head * held_head
-    computed = COMPUTED + head * computed_head
+    held = HELD + head * held_head + tl.multiple_of(of_value * value_distance, ALIGN)
+    computed = COMPUTED + head * computed_head + tl.multiple_of(of_value * computed_distance, COMPUTED_ALIGN)
+    if K_SCALE is not None:
+        held_scale = tl.where(of_value == 1, tl.load(V_SCALE), tl.load(K_SCALE))
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = i < length
     d = tl.arange(0, DIM)
@@ -253,7 +264,9 @@ def _shift_kernel(
         chosen = k + p < count
         fresh = tl.load(FRESH + first + k + p, mask=chosen, other=0)
         at = tl.multiple_of(tl.load(OFFSETS + fresh, mask=chosen, other=0), ALIGN)
-        before = real(tl.load(held + at[:, None] + d[None, :], mask=chosen[:, None], other=0.0), SCALE).to(tl.float32)
+        before = tl.load(held + at[:, None] + d[None, :], mask=chosen[:, None], other=0.0).to(tl.float32)
+        if K_SCALE is not None:
+            before *= held_scale
         source = computed + (first + k + p)[:, None].to(tl.int64) * computed_row + d[None, :]
         change = tl.load(source, mask=chosen[:, None], other=0.0).to(tl.float32) - before
         w = tl.load(weights + (k + p)[None, :], mask=inside[:, None], other=0.0)
@@ -263,8 +276,8 @@ def _shift_kernel(
     at = tl.multiple_of(tl.load(OFFSETS + row, mask=moves, other=0), ALIGN)
     to = held + at[:, None] + d[None, :]
     moved = tl.load(to, mask=moves[:, None], other=0.0).to(tl.float32)
-    if SCALE is not None:
-        tl.store(to, as_fp8(moved + shift * (1.0 / tl.load(SCALE)), HELD.dtype.element_ty), mask=moves[:, None])
+    if K_SCALE is not None:
+        tl.store(to, as_fp8(moved + shift * (1.0 / held_scale), HELD.dtype.element_ty), mask=moves[:, None])
     else:
         tl.store(to, (moved + shift).to(kind), mask=moves[:, None])
 
@@ -272,7 +285,8 @@ def _shift_kernel(
 def can_krige(kv: KVRows, most: int) -> bool:
     """Whether :func:`krige` takes pieces of ``most`` fresh rows at most."""
     dim = kv.dim
-    return most <= MAX_FRESH and dim == kv.value_dim and dim in (16, 32, 64, 128, 256)
+    alike = dim == kv.value_dim and kv.key_head_stride == kv.value_head_stride
+    return most <= MAX_FRESH and alike and dim in (16, 32, 64, 128, 256)
 
 
 def krige_weights(
@@ -383,35 +397,48 @@ def krige_shift(
     count, padded = len(pieces.start), pieces.padded
     tiles = triton.cdiv(pieces.longest, _TILE)
     exact = "ieee" if weights.dtype == torch.float32 else "tf32"
-    for held, held_scale, head_stride, computed in (
-        (kv.keys, kv.key_scale, kv.key_head_stride, fresh_keys),
-        (kv.values, kv.value_scale, kv.value_head_stride, fresh_values),
-    ):
-        launch(
-            _shift_kernel,
-            (count, tiles, kv.num_heads),
-            pieces.start,
-            pieces.length,
-            pieces.first,
-            pieces.count,
-            pieces.fresh,
-            pieces.is_fresh,
-            kv.offsets,
-            held,
-            held_scale,
-            computed,
-            weights,
-            at,
-            head_stride,
-            computed.stride(0),
-            computed.stride(1),
-            count * pieces.longest * padded,
-            pieces.longest,
-            padded,
-            DIM=kv.dim,
-            ALIGN=kv.alignment,
-            TILE=_TILE,
-            PANEL=PANEL,
-            PRECISION=exact,
-            num_warps=4,
-        )
+    if fresh_values.stride() != fresh_keys.stride():
+        fresh_keys, fresh_values = fresh_keys.contiguous(), fresh_values.contiguous()
+    value_distance, held_alignment = _distance(kv.keys, kv.values, kv.alignment)
+    computed_distance, computed_alignment = _distance(fresh_keys, fresh_values, _VECTOR_BYTES)
+    launch(
+        _shift_kernel,
+        (count, tiles, 2 * kv.num_heads),
+        pieces.start,
+        pieces.length,
+        pieces.first,
+        pieces.count,
+        pieces.fresh,
+        pieces.is_fresh,
+        kv.offsets,
+        kv.keys,
+        kv.key_scale,
+        kv.value_scale,
+        fresh_keys,
+        weights,
+        at,
+        value_distance,
+        computed_distance,
+        kv.key_head_stride,
+        fresh_keys.stride(0),
+        fresh_keys.stride(1),
+        count * pieces.longest * padded,
+        pieces.longest,
+        padded,
+        HEADS=kv.num_heads,
+        DIM=kv.dim,
+        ALIGN=held_alignment,
+        COMPUTED_ALIGN=computed_alignment,
+        TILE=_TILE,
+        PANEL=PANEL,
+        PRECISION=exact,
+        num_warps=4,
+    )
+
+
+def _distance(keys: torch.Tensor, values: torch.Tensor, alignment: int) -> tuple[int, int]:
+    """How many elements ``values`` lie behind ``keys``, and what power of two, ``alignment`` at most, divides that."""
+    distance, rest = divmod(values.data_ptr() - keys.data_ptr(), keys.element_size())
+    if rest:
+        raise ValueError("values must lie whole elements behind their keys")
+    return distance, power_of_two(math.gcd(distance, alignment))

@@ -1,6 +1,6 @@
 """Reading K and V from rows that lie anywhere: as dense tensors, or as how far fresh ones are from them.
 
-References: ``index_select``, and the sums of :meth:`lmcache.blend.layer_kv.LayerKV.measure`.
+References: ``index_select``, ``index_copy_``, and the sums of :meth:`lmcache.blend.layer_kv.LayerKV.measure`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,18 @@ def _read_kernel(
     V,
     K_SCALE,
     V_SCALE,
+    FRESH,
+    FRESH_K,
+    FRESH_V,
     OUT_K,
     OUT_V,
     num_rows,
     k_head,
     v_head,
+    fresh_k_row,
+    fresh_k_head,
+    fresh_v_row,
+    fresh_v_head,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     DIM: tl.constexpr,
@@ -44,15 +51,25 @@ def _read_kernel(
     held = there & (row >= 0)
     at = tl.multiple_of(tl.load(OFFSETS + row, mask=held, other=0), ALIGN)
     d = tl.arange(0, BLOCK_D)
-    read = held[:, None] & (d < DIM)[None, :]
     written = there[:, None] & (d < DIM)[None, :]
+    if FRESH is not None:
+        fresh = tl.load(FRESH + i, mask=there, other=-1)
+        held &= fresh < 0
+    read = held[:, None] & (d < DIM)[None, :]
+    k = real(tl.load((K + at + h * k_head)[:, None] + d[None, :], mask=read, other=0.0), K_SCALE)
+    v = real(tl.load((V + at + h * v_head)[:, None] + d[None, :], mask=read, other=0.0), V_SCALE)
+    kind = OUT_K.dtype.element_ty
+    k = k.to(kind)
+    v = v.to(kind)
+    if FRESH is not None:
+        is_fresh = (fresh >= 0)[:, None]
+        from_k = (fresh.to(tl.int64) * fresh_k_row + h * fresh_k_head)[:, None] + d[None, :]
+        from_v = (fresh.to(tl.int64) * fresh_v_row + h * fresh_v_head)[:, None] + d[None, :]
+        k = tl.where(is_fresh, tl.load(FRESH_K + from_k, mask=is_fresh & written, other=0.0), k)
+        v = tl.where(is_fresh, tl.load(FRESH_V + from_v, mask=is_fresh & written, other=0.0), v)
     to = (i.to(tl.int64) * HEADS * DIM + h * DIM)[:, None] + d[None, :]
-    out_k = OUT_K + to
-    k = tl.load((K + at + h * k_head)[:, None] + d[None, :], mask=read, other=0.0)
-    tl.store(out_k, real(k, K_SCALE), mask=written)
-    out_v = OUT_V + to
-    v = tl.load((V + at + h * v_head)[:, None] + d[None, :], mask=read, other=0.0)
-    tl.store(out_v, real(v, V_SCALE), mask=written)
+    tl.store(OUT_K + to, k, mask=written)
+    tl.store(OUT_V + to, v, mask=written)
 
 
 def read(kv: KVRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,9 +77,23 @@ def read(kv: KVRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     In the dtype of ``kv``, or float32 where that is fp8.
     """
-    dtype = kv.keys.dtype if kv.key_scale is None else torch.float32
+    return _read(kv, rows, kv.keys.dtype if kv.key_scale is None else torch.float32, None)
+
+
+def read_among(
+    kv: KVRows, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`read` of ``rows``, but where ``at`` (int32 ``[n]``) is not −1 it is row ``at`` of ``keys`` and ``values``
+    ``[m, kv_heads, dim]``, in whose dtype all are given."""
+    return _read(kv, rows, keys.dtype, (at, keys, values))
+
+
+def _read(
+    kv: KVRows, rows: torch.Tensor, dtype: torch.dtype, fresh: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     keys = torch.empty((len(rows), kv.num_heads, kv.dim), dtype=dtype, device=kv.keys.device)
     values = torch.empty_like(keys)
+    at, fresh_keys, fresh_values = (None, keys, values) if fresh is None else fresh
     if len(rows):
         launch(
             _read_kernel,
@@ -73,11 +104,16 @@ def read(kv: KVRows, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             kv.values,
             kv.key_scale,
             kv.value_scale,
+            at,
+            fresh_keys,
+            fresh_values,
             keys,
             values,
             len(rows),
             kv.key_head_stride,
             kv.value_head_stride,
+            *fresh_keys.stride()[:2],
+            *fresh_values.stride()[:2],
             HEADS=kv.num_heads,
             BLOCK_H=triton.next_power_of_2(kv.num_heads),
             DIM=kv.dim,
