@@ -114,3 +114,13 @@ def test_layers_that_lie_one_after_the_other_are_given_as_one(
             assert torch.equal(rows[staged.v_from.long()], expected[first + index, 1])
         staged.done(first, wanted)
         first += wanted
+
+
+def test_the_first_and_the_last_layer_wait_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(staged_layers, "copy_many", lambda to, source, sizes, stream: calls.append(len(sizes)))
+    source = Chunks([(torch.randn(LAYERS, 2, 6, HEADS, DIM), 0, 6)])
+    staged_of(source, 0, 6, 1 << 20).begin()
+    assert sum(calls) == LAYERS, "a copy a layer"
+    assert calls[0] == calls[-1] == 1
+    assert max(calls) > 1

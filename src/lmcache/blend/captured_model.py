@@ -16,6 +16,7 @@ import torch
 
 from lmcache.blend.graph_recorder import begin_capture, no_garbage_collection, recover_from_capture
 from lmcache.blend.host import Attend, have_in_place
+from lmcache.kernels.availability import kernels_for
 from lmcache.observability.logging import init_logger
 
 logger = init_logger(__name__)
@@ -62,6 +63,14 @@ class _Seams:
                 attended=self._room("attended", q, q.shape[1], v.shape[2]),
             )
         return self._seams[key]
+
+    def fill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Seam:
+        """:meth:`between`, with copies of ``q``, ``k`` and ``v`` in it."""
+        seam = self.between(q, k, v)
+        if not _copied_at_once((q, k, v), seam[:3]):
+            for room, computed in zip(seam, (q, k, v), strict=False):
+                room.copy_(computed)
+        return seam
 
     def _room(self, name: str, like: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
         key = name, heads, dim, like.dtype
@@ -155,7 +164,8 @@ class CapturedModel:
         return found
 
     def _pass_by(self, layer_id: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> torch.Tensor:
-        return self._seams.between(q, k, v).attended
+        # Kernels are compiled now.
+        return self._seams.fill(q, k, v).attended
 
 
 class _Recorder:
@@ -189,12 +199,18 @@ class _Recorder:
         **options: Any,
     ) -> torch.Tensor:
         """See :class:`lmcache.blend.host.Attend`."""
-        seam = self._seams.between(q, k, v)
-        for room, computed in zip(seam, (q, k, v), strict=False):
-            room.copy_(computed)
+        seam = self._seams.fill(q, k, v)
         self.forward.layers.append(_Layer(self.finish(), layer_id, seam, options))
         self.begin()
         return seam.attended
+
+
+def _copied_at_once(heads: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> bool:
+    if not kernels_for(heads[0].device):
+        return False
+    from lmcache.kernels.copy_heads import copy_heads
+
+    return copy_heads(heads, to)
 
 
 class _Memory:

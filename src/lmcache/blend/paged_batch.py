@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from lmcache.kernels.kv_rows import KVLayers
 
 _UNKNOWN = torch.empty(0)  # nothing fresh is needed to load a layer
+# Of long prompts a layer is still on its way when the GPU could begin with it. The last one comes when nothing else is
+# left to do, so the one before is not to wait for it.
+_LAST_ALONE_IN_GROUPS_OF = 6
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -142,6 +145,8 @@ class PagedBatchKV(BatchKV):
         if self._distances is None:
             count = 1
         end = min(first + count, len(self.ropes))
+        if count <= _LAST_ALONE_IN_GROUPS_OF and first + 1 < len(self.ropes):
+            end = min(end, len(self.ropes) - 1)
         missing = [index for index in range(first, end) if index not in self._layers]
         if len(missing) > 1:
             self._load_together(range(missing[0], end))

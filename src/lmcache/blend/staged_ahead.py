@@ -11,7 +11,7 @@ from lmcache.paging.layout import KVLayout
 # Behind these bytes stands in line what the request loads itself, the prefix in front of its blend, without which no
 # layer can begin. It is queued 1.9 ms later for 4,096 tokens, 2.4 for 8,192 and 3.0 for 16,384 (beside an H200): as
 # long as these bytes take at 54 GB/s.
-_AHEAD_BYTES, _AHEAD_BYTES_A_TOKEN = 80 * 2**20, 9 * 2**9
+_AHEAD_BYTES, _AHEAD_BYTES_A_TOKEN = 96 * 2**20, 5 * 2**10
 
 
 class StagedAhead:

@@ -15,8 +15,8 @@ from lmcache.blend.kv_source import KVLoadError
 from lmcache.memory.device_copy import Addresses, can_copy_many, copy_many
 
 _MIN_DEPTH = 3
-# To queue one call's copies takes the host 20 µs besides what each of them takes (beside an H200), and the first layer
-# should not wait for others.
+# To queue one call's copies takes the host 20 µs besides what each of them takes (beside an H200). The first layer
+# should not wait for others, and none for the last one.
 _LAYERS_A_CALL = 4
 
 
@@ -265,7 +265,9 @@ class StagedLayers:
         """Queue the copies of the next layers."""
         end = min(self._next + layers, self._num_layers)
         while self._next < end:
-            together = range(self._next, min(end, self._next + min(_LAYERS_A_CALL, self._next + 1)))
+            before_last = self._num_layers - 1 if self._next < self._num_layers - 1 else end
+            most = min(_LAYERS_A_CALL, self._next + 1)
+            together = range(self._next, min(end, before_last, self._next + most))
             self._fetch_together(together)
             self._next = together.stop
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.kernels.attention_tiles import masked_stages, parts_of_keys, tile
 from lmcache.kernels.join_parts import join_attention
 from lmcache.kernels.kv_rows import KVRows
 from lmcache.kernels.launch import launch
@@ -261,8 +262,11 @@ def sparse_attention(
     num_queries, heads, dim = q.shape
     group = heads // kv.num_heads
     block_d = max(16, triton.next_power_of_2(max(dim, kv.value_dim)))
-    block_m, block_n, warps, stages = blocks or _blocks(num_queries * group, block_d, q.dtype)
-    tiles = triton.cdiv(num_queries * group, block_m)
+    rows = num_queries * group
+    if blocks is None:
+        blocks = tile(rows, kv.num_heads, block_d, q, is_band=seen_by_all is not None)
+    block_m, block_n, warps, stages = blocks
+    tiles = triton.cdiv(rows, block_m)
     if seen_by_all is not None:
         splits = 1
         if seen_by_all.tokens * group % block_m:
@@ -270,7 +274,7 @@ def sparse_attention(
         if not (sliding_window is None and sinks is None and known is None and kv.key_scale is None):
             raise ValueError("a part that all see cannot be joined with a window, sinks, hidden keys or fp8")
     if splits is None:
-        splits = _splits(tiles * kv.num_heads, len(kv.offsets), block_n, q.device)
+        splits = parts_of_keys(tiles * kv.num_heads, len(kv.offsets), block_n, q.device)
     if out is None:
         out = torch.empty((num_queries, heads, kv.value_dim), dtype=q.dtype, device=q.device)
     parts = out[None]
@@ -322,30 +326,8 @@ def sparse_attention(
         IS_SPLIT=splits > 1,
         SEEN_TOKENS=0 if seen_by_all is None else seen_by_all.tokens,
         STAGES=stages,
-        MASKED_STAGES=_masked_stages(kv.key_scale is not None, min(dim, kv.value_dim) < block_d),
+        MASKED_STAGES=masked_stages(is_fp8=kv.key_scale is not None, is_padded=min(dim, kv.value_dim) < block_d),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=warps,
     )
     return (out, None) if splits == 1 else (out, join_attention(parts, lse, out))
-
-
-def _blocks(rows: int, block_d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    if dtype == torch.float32:
-        return 32, 32, 4, 1
-    if block_d > 128:
-        return 64, 64, 4, 2
-    return (128, 128, 8, 2) if rows > 64 else (64, 64, 4, 3)
-
-
-def _masked_stages(is_fp8: bool, is_padded: bool) -> int:
-    """Of the loop that masks keys: Triton's default. Of fp8 heads whose size is no power of two Triton 3.6 would copy
-    single bytes asynchronously, which a GPU cannot, and compile nothing."""
-    return 1 if is_fp8 and is_padded else 3
-
-
-def _splits(programs: int, num_keys: int, block_n: int, device: torch.device) -> int:
-    """Enough for two programs a multiprocessor, none with fewer than eight blocks of keys."""
-    if device.type != "cuda":
-        return 1
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // programs
-    return int(max(1, min(wanted, num_keys // (8 * block_n))))
