@@ -72,6 +72,14 @@ def test_what_triton_compiles_for_is_compiled_for(kernel: Kernel, change: str) -
     assert not kernel.again
 
 
+def test_numbers_of_another_width_are_compiled_for(kernel: Kernel) -> None:
+    x = torch.zeros(64)
+    for count in (5, 2**31, 2**31 - 1, 2**40, -(2**31) - 1, -5):
+        launch(kernel, (3,), x, count, 16, SIZE=8)
+    assert [args[1] for _, args, _ in kernel.compiled] == [5, 2**31]
+    assert [args[1] for _, args in kernel.again] == [2**31 - 1, 2**40, -(2**31) - 1, -5]
+
+
 def test_what_is_left_out_is_compiled_for(kernel: Kernel) -> None:
     x, scale = torch.zeros(2, 64)
     for stride in (None, None, scale, scale, None):

@@ -152,7 +152,7 @@ class PagedBatchKV(BatchKV):
             self._load_together(range(missing[0], end))
         for index in range(first, end):
             self.layer(index, _UNKNOWN, _UNKNOWN)
-        if self._distances is None or end == first + 1:
+        if self._distances is None:
             return KVLayers(self._kv.at(*self._planes[first]), None)
         return KVLayers(self._kv, self._distances[first:end])
 

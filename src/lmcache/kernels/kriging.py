@@ -1,22 +1,20 @@
 """Kriging of many passages at once: the kernels behind :mod:`lmcache.blend.correctors.kriging_rows`, which has the
-formulas and is their reference. Six launches, whatever the number of passages; five of them may serve many layers."""
+formulas and is their reference. Here the weights, by five launches for any number of passages and layers;
+:mod:`lmcache.kernels.kriging_shift` goes by them."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from lmcache.kernels.fp8 import as_fp8
 from lmcache.kernels.inverse import PANEL, invert
-from lmcache.kernels.kv_rows import KVLayers, KVRows, power_of_two
+from lmcache.kernels.kv_rows import KVLayers, KVRows
 from lmcache.kernels.launch import launch
 
 _TILE = 64
-_VECTOR_BYTES = 16
 # One variant for all pieces up to 1,024 rows: a new one would be compiled while a request waits.
 _FEWEST_BLOCK_TILES = 16
 MAX_FRESH = 512
@@ -207,86 +205,10 @@ def _weights_kernel(
     tl.store(to, weights.to(WEIGHTS.dtype.element_ty), mask=inside[:, None] & (j < padded)[None, :])
 
 
-@triton.jit(do_not_specialize=["value_distance", "computed_distance", "longest", "layer_weights"])
-def _shift_kernel(
-    START,
-    LENGTH,
-    FIRST,
-    COUNT,
-    FRESH,
-    IS_FRESH,
-    OFFSETS,
-    HELD,
-    K_SCALE,
-    V_SCALE,
-    COMPUTED,
-    WEIGHTS,
-    AT,
-    value_distance,
-    computed_distance,
-    held_head,
-    computed_row,
-    computed_head,
-    layer_weights,
-    longest,
-    padded,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    ALIGN: tl.constexpr,
-    COMPUTED_ALIGN: tl.constexpr,
-    TILE: tl.constexpr,
-    PANEL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile's rows of one head of K, or of V, which lie at a distance behind K: both in one launch fill a GPU better.
-    Fresh rows stay: others go by them, and they are overwritten next."""
-    piece = tl.program_id(0)
-    head = tl.program_id(2) % HEADS
-    of_value = (tl.program_id(2) // HEADS).to(tl.int64)
-    length = tl.load(LENGTH + piece)
-    start = tl.load(START + piece)
-    first = tl.load(FIRST + piece)
-    count = tl.load(COUNT + piece)
-    held = HELD + head * held_head + tl.multiple_of(of_value * value_distance, ALIGN)
-    computed = COMPUTED + head * computed_head + tl.multiple_of(of_value * computed_distance, COMPUTED_ALIGN)
-    if K_SCALE is not None:
-        held_scale = tl.where(of_value == 1, tl.load(V_SCALE), tl.load(K_SCALE))
-    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = i < length
-    d = tl.arange(0, DIM)
-    p = tl.arange(0, PANEL)
-    kind = WEIGHTS.dtype.element_ty
-    if AT is not None:
-        WEIGHTS += tl.load(AT) * layer_weights
-    weights = WEIGHTS + piece.to(tl.int64) * longest * padded + i[:, None] * padded
-    shift = tl.zeros([TILE, DIM], tl.float32)
-    for k in range(0, count, PANEL):
-        chosen = k + p < count
-        fresh = tl.load(FRESH + first + k + p, mask=chosen, other=0)
-        at = tl.multiple_of(tl.load(OFFSETS + fresh, mask=chosen, other=0), ALIGN)
-        before = tl.load(held + at[:, None] + d[None, :], mask=chosen[:, None], other=0.0).to(tl.float32)
-        if K_SCALE is not None:
-            before *= held_scale
-        source = computed + (first + k + p)[:, None].to(tl.int64) * computed_row + d[None, :]
-        change = tl.load(source, mask=chosen[:, None], other=0.0).to(tl.float32) - before
-        w = tl.load(weights + (k + p)[None, :], mask=inside[:, None], other=0.0)
-        shift = tl.dot(w, change.to(kind), shift, input_precision=PRECISION)
-    row = start + i
-    moves = inside & (tl.load(IS_FRESH + row, mask=inside, other=1) == 0)
-    at = tl.multiple_of(tl.load(OFFSETS + row, mask=moves, other=0), ALIGN)
-    to = held + at[:, None] + d[None, :]
-    moved = tl.load(to, mask=moves[:, None], other=0.0).to(tl.float32)
-    if K_SCALE is not None:
-        tl.store(to, as_fp8(moved + shift * (1.0 / held_scale), HELD.dtype.element_ty), mask=moves[:, None])
-    else:
-        tl.store(to, (moved + shift).to(kind), mask=moves[:, None])
-
-
 def can_krige(kv: KVRows, most: int) -> bool:
     """Whether :func:`krige` takes pieces of ``most`` fresh rows at most."""
     dim = kv.dim
-    alike = dim == kv.value_dim and kv.key_head_stride == kv.value_head_stride
-    return most <= MAX_FRESH and alike and dim in (16, 32, 64, 128, 256)
+    return most <= MAX_FRESH and dim == kv.value_dim and dim in (16, 32, 64, 128, 256)
 
 
 def krige_weights(
@@ -378,67 +300,3 @@ def krige_weights(
         PRECISION="tf32x3" if device.type == "cuda" else "ieee",
         num_warps=4,
     )
-
-
-def krige_shift(
-    kv: KVRows,
-    pieces: Pieces,
-    weights: torch.Tensor,
-    fresh_keys: torch.Tensor,
-    fresh_values: torch.Tensor,
-    at: torch.Tensor | None = None,
-) -> None:
-    """Shift the rows of ``pieces`` that are not fresh by what the fresh ones show, in place.
-
-    ``weights`` are those of several layers where ``at`` says which one to take (int64 ``[1]``, on the device).
-    ``fresh_keys`` and ``fresh_values`` are ``[number of fresh rows of the batch, kv_heads, dim]``, last dim dense; the
-    fresh rows of ``kv`` still hold what was moved.
-    """
-    count, padded = len(pieces.start), pieces.padded
-    tiles = triton.cdiv(pieces.longest, _TILE)
-    exact = "ieee" if weights.dtype == torch.float32 else "tf32"
-    if fresh_values.stride() != fresh_keys.stride():
-        fresh_keys, fresh_values = fresh_keys.contiguous(), fresh_values.contiguous()
-    value_distance, held_alignment = _distance(kv.keys, kv.values, kv.alignment)
-    computed_distance, computed_alignment = _distance(fresh_keys, fresh_values, _VECTOR_BYTES)
-    launch(
-        _shift_kernel,
-        (count, tiles, 2 * kv.num_heads),
-        pieces.start,
-        pieces.length,
-        pieces.first,
-        pieces.count,
-        pieces.fresh,
-        pieces.is_fresh,
-        kv.offsets,
-        kv.keys,
-        kv.key_scale,
-        kv.value_scale,
-        fresh_keys,
-        weights,
-        at,
-        value_distance,
-        computed_distance,
-        kv.key_head_stride,
-        fresh_keys.stride(0),
-        fresh_keys.stride(1),
-        count * pieces.longest * padded,
-        pieces.longest,
-        padded,
-        HEADS=kv.num_heads,
-        DIM=kv.dim,
-        ALIGN=held_alignment,
-        COMPUTED_ALIGN=computed_alignment,
-        TILE=_TILE,
-        PANEL=PANEL,
-        PRECISION=exact,
-        num_warps=4,
-    )
-
-
-def _distance(keys: torch.Tensor, values: torch.Tensor, alignment: int) -> tuple[int, int]:
-    """How many elements ``values`` lie behind ``keys``, and what power of two, ``alignment`` at most, divides that."""
-    distance, rest = divmod(values.data_ptr() - keys.data_ptr(), keys.element_size())
-    if rest:
-        raise ValueError("values must lie whole elements behind their keys")
-    return distance, power_of_two(math.gcd(distance, alignment))

@@ -23,6 +23,7 @@ class _Signature:
     constexprs: tuple[str, ...]
 
 
+_BEYOND_INT32 = 2**31
 _signatures: dict[int, _Signature | None] = {}
 _variants: dict[tuple[Any, ...], Any] = {}
 
@@ -60,6 +61,8 @@ def launch(
             plain.append(arg)
             if compared:
                 key.append(arg)
+            elif arg.__class__ is int and not -_BEYOND_INT32 <= arg < _BEYOND_INT32:
+                key.append(_BEYOND_INT32)  # the first of them has decided how wide the argument is
     variant = _variants.get(tuple(key))
     if variant is None:
         _variants[tuple(key)] = kernel[grid](*args, **constexprs, **_options(num_warps, num_stages))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lmcache.kernels.kriging import Pieces, krige_shift, krige_weights
+from lmcache.kernels.kriging import Pieces, krige_weights
+from lmcache.kernels.kriging_shift import krige_shift
 from lmcache.kernels.kv_rows import KVLayers
 from lmcache.memory.to_device import ints_to_device, to_device
 
@@ -59,9 +60,9 @@ class KernelKriging:
         """From now on :meth:`get_ready` is called before a layer is corrected, once."""
         rows = _ROWS_IN_PLACE if ahead.in_place else _ROWS_AT_ONCE
         self._at_once = max(1, min(_MOST_LAYERS, rows // self._num_rows))
-        self._make_room(ahead.dtype)
         # Not all of it: its memo holds this object.
         self._layers = ahead.layers
+        self._make_room(ahead.dtype)
 
     def get_ready(self, layer_id: int) -> None:
         """Have the weights of a layer in place."""
@@ -95,5 +96,6 @@ class KernelKriging:
     def _make_room(self, dtype: torch.dtype) -> None:
         if not self._weights:
             self._weights = [pieces.room_for_weights(dtype, self._at_once) for pieces in self._batches]
-            if self._at_once > 1:
+            # Also where one layer is done at a time: kernels are compiled for whether it is there.
+            if self._layers is not None:
                 self._at = torch.empty(1, dtype=torch.int64, device=self._weights[0].device)
