@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lmcache.kernels
-from lmcache.blend.correctors import kriging_kernels, make_corrector
+from lmcache.blend.correctors import make_corrector
 from lmcache.blend.paged_blend import blend_pages
 from lmcache.blend.policies import make_policy
 from lmcache.blend.staged_layers import StagingRing
@@ -19,6 +19,7 @@ from tests.kernels.needs_triton import DEVICE, require
 
 require()
 
+from lmcache.blend.correctors import kriging_kernels  # noqa: E402 - needs Triton
 from tests.kernels.test_blend_in_pages import ROPES, SIZES, Engine, FloatHost, two_prompts  # noqa: E402 - needs Triton
 
 
