@@ -84,7 +84,8 @@ class HostEngine:
             ),
         )
         self._scheduler = SchedulerSide(self.shared, partial(make_scheduling, self.shared, vllm_config))
-        self._worker = WorkerSide(self.shared, vllm_config)
+        self._in_step = False
+        self._worker = WorkerSide(self.shared, vllm_config, lambda: self._in_step)
         self._worker._blend_defaults = BlendDefaults(config)
         self._number = 0
 
@@ -111,10 +112,12 @@ class HostEngine:
         output.num_scheduled_tokens[request.request_id] = len(tokens) - matched
         output.scheduled_new_reqs[0].num_computed_tokens = matched
         meta = scheduler.build_connector_meta(cast(Any, output))
+        self._in_step = True
         worker.bind_connector_metadata(meta)
         worker.start_load_kv(meta)
         until_copy = first_at.get("passages", first_at.get("prefix", time.perf_counter())) - start
         worker.wait_for_save()
+        self._in_step = False
         total = time.perf_counter() - start
         disturbed = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw != before
         assert not self.shared.failed_loads, self.shared.failed_loads

@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="the connector imports vLLM")
 
 from lmcache.integration.vllm.connector_metadata import BlendOp, LMCacheConnectorMetadata
 from lmcache.integration.vllm.early_start import EarlyStart
+from lmcache.integration.vllm.scheduler_side import SchedulerSide
 from lmcache.integration.vllm.worker_side import WorkerSide
 from lmcache.observability.metrics import Metrics
 
@@ -93,3 +94,38 @@ def test_a_step_that_was_begun_and_never_came_is_not_taken_for_the_next() -> Non
     worker.begin_early(lost)
     worker.run(third)
     assert list(map(id, worker.started)) == list(map(id, (first, lost, third)))
+
+
+class Scheduler(SchedulerSide):
+    """Notes in which order it plans."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self._trackers = {}
+        self._asynchronous_loads = []
+        begun = lambda meta: self.order.append("begin")  # noqa: E731
+        self._shared = SimpleNamespace(blend_scheduling=None, begin_early=begun)  # type: ignore[assignment]
+
+    def _plan_loads(self, meta: LMCacheConnectorMetadata, req_id: str, *_: object, **__: object) -> None:
+        self.order.append(f"loads of {req_id}")
+        if req_id.startswith("blend"):
+            meta.blends.append(BlendOp(req_id, 0, [1]))
+
+    def _plan_saves(self, meta: LMCacheConnectorMetadata, req_id: str, *_: object) -> None:
+        self.order.append(f"saves of {req_id}")
+
+
+def test_a_blend_begins_when_all_loads_are_planned_and_does_not_wait_for_saves() -> None:
+    new = [SimpleNamespace(req_id=name, block_ids=([1],), num_computed_tokens=0) for name in ("new", "blend")]
+    cached = SimpleNamespace(req_ids=["old"], new_block_ids=[None], num_computed_tokens=[5], resumed_req_ids=set[str]())
+    counts = {"new": 3, "blend": 1, "old": 1}
+    scheduler = Scheduler()
+    scheduler.build_connector_meta(
+        SimpleNamespace(scheduled_new_reqs=new, scheduled_cached_reqs=cached, num_scheduled_tokens=counts)  # type: ignore[arg-type]
+    )
+    names = ("new", "blend", "old")
+    assert scheduler.order == [
+        *(f"loads of {name}" for name in names),
+        "begin",
+        *(f"saves of {name}" for name in names),
+    ]

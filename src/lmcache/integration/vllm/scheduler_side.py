@@ -153,17 +153,22 @@ class SchedulerSide:
         if self._shared.blend_scheduling is not None:
             self._shared.blend_scheduling.next_step()
         self._asynchronous_loads = []
-        for new in output.scheduled_new_reqs:
-            self._plan(meta, output, new.req_id, new.block_ids[0], True, new.num_computed_tokens)
         cached = output.scheduled_cached_reqs
-        for req_id, blocks, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            new_blocks = [] if blocks is None else blocks[0]
-            self._plan(meta, output, req_id, new_blocks, req_id in cached.resumed_req_ids, computed)
+        steps = [(new.req_id, new.block_ids[0], True, new.num_computed_tokens) for new in output.scheduled_new_reqs]
+        steps += [
+            (req_id, [] if blocks is None else blocks[0], req_id in cached.resumed_req_ids, computed)
+            for req_id, blocks, computed in zip(
+                cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+            )
+        ]
+        for req_id, blocks, replaces_blocks, _ in steps:
+            self._plan_loads(meta, req_id, blocks, replaces_blocks=replaces_blocks)
         meta.preempted = [req_id for req_id, tracker in self._trackers.items() if tracker.was_preempted()]
         if meta.blends and not getattr(output, "new_block_ids_to_zero", None):
             self._shared.begin_early(meta)
+        # Only now: saves come after the step, so that its blends need not wait for what names and cuts them.
+        for req_id, _, _, computed in steps:
+            self._plan_saves(meta, req_id, computed, output.num_scheduled_tokens[req_id])
         return meta
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -243,14 +248,8 @@ class SchedulerSide:
             tracker.waiting_since = now
         return now - tracker.waiting_since < min(limit, self._config.max_disk_wait_seconds)
 
-    def _plan(
-        self,
-        meta: LMCacheConnectorMetadata,
-        output: SchedulerOutput,
-        req_id: str,
-        blocks: list[int],
-        replaces_blocks: bool,
-        num_computed: int,
+    def _plan_loads(
+        self, meta: LMCacheConnectorMetadata, req_id: str, blocks: list[int], *, replaces_blocks: bool
     ) -> None:
         tracker = self._trackers.get(req_id)
         if tracker is None:
@@ -263,8 +262,13 @@ class SchedulerSide:
             self._hand_over_blend(meta, tracker)
         elif tracker.external_tokens:
             meta.loads.append(self._hand_over(tracker))
+
+    def _plan_saves(self, meta: LMCacheConnectorMetadata, req_id: str, num_computed: int, num_scheduled: int) -> None:
+        tracker = self._trackers.get(req_id)
+        if tracker is None:
+            return
         try:
-            self._save_planner.plan(meta, tracker, num_computed, output.num_scheduled_tokens[req_id])
+            self._save_planner.plan(meta, tracker, num_computed, num_scheduled)
         except Exception as error:
             report_failure(self.metrics, "build_connector_meta", error)
 
