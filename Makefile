@@ -24,7 +24,10 @@ MODEL := .cache/models/smollm2-bfloat16
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help has-python setup setup-sglang test test-fast test-fast-blend test-fast-rest test-kernels test-vllm test-vllm-rest test-vllm-blend test-vllm-ranks test-sglang demo demo-sglang demo-fleet fuzz soak bench check format clean
+# Parts of the tests that run at once.
+JOBS ?= $(shell cores=$$(nproc); echo $$((cores > 2 ? cores : 2)))
+
+.PHONY: help has-python setup setup-sglang environments test test-fast test-fast-blend test-fast-rest test-kernels test-vllm test-vllm-rest test-vllm-blend test-vllm-ranks test-sglang demo demo-sglang demo-fleet fuzz soak bench check format clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,12 +41,17 @@ setup: $(VENV)/.package ## the environment with vLLM and the model, if they are 
 setup-sglang: $(SGLANG_VENV)/.package ## the environment with SGLang and the model, if they are not there yet
 	@$(MAKE) --no-print-directory $(MODEL)/config.json CONVERTER=$(SGLANG_BIN)/python
 
-test: test-fast setup-sglang ## all tests: the fast ones, then those on a real vLLM and a real SGLang, both at once
-	@echo "The tests on vLLM and on SGLang run side by side; each prints when it ends, after half an hour or so."
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target IS_SET_UP=yes \
+# Both at once: each waits for downloads and for the disk half of the time.
+environments: $(VENV)/.package $(SGLANG_VENV)/.package
+
+test: ## all tests: the fast ones, then those on a real vLLM and a real SGLang, as many parts at once as there are cores
+	@$(MAKE) --no-print-directory --jobs=2 environments
+	@$(MAKE) --no-print-directory setup setup-sglang
+	@echo "The parts of the tests run side by side; each prints when it ends. That takes an hour on two cores."
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target IS_SET_UP=yes test-fast-rest test-fast-blend \
 		test-sglang test-vllm-rest test-vllm-blend test-vllm-ranks test-kernels
 
-# Where two of these run at once they are to begin in the order of the command line, longest first: nothing to wait for.
+# Where these run at once they are to begin in the order of the command line, longest first: nothing to wait for.
 SET_UP = $(if $(IS_SET_UP),,setup)
 SET_UP_SGLANG = $(if $(IS_SET_UP),,setup-sglang)
 
