@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pkgutil
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 
-import lmcache.kernels
 from lmcache.blend.correctors import make_corrector
 from lmcache.blend.paged_blend import blend_pages
 from lmcache.blend.policies import make_policy
@@ -20,6 +17,8 @@ from tests.kernels.needs_triton import DEVICE, require
 require()
 
 from lmcache.blend.correctors import kriging_kernels  # noqa: E402 - needs Triton
+from lmcache.kernels.launch import launch  # noqa: E402 - needs Triton
+from tests.kernels.launching_modules import launching_modules  # noqa: E402 - needs Triton
 from tests.kernels.test_blend_in_pages import ROPES, SIZES, Engine, FloatHost, two_prompts  # noqa: E402 - needs Triton
 
 
@@ -61,18 +60,13 @@ def test_no_kernel_of_a_blend_is_compiled_while_a_request_waits(monkeypatch: pyt
 
 def _watch_variants(monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
     """By what Triton compiles for, as far as it hangs on the calls."""
-    from lmcache.kernels import launch as module
-
     found: set[tuple[Any, ...]] = set()
-    launch = module.launch
 
     def watched(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         kinds = [arg.dtype if isinstance(arg, torch.Tensor) else arg is None for arg in args]
         found.add((kernel.fn.__name__, *kinds, *sorted(options.items())))
         launch(kernel, grid, *args, **options)
 
-    for kernels in pkgutil.iter_modules(lmcache.kernels.__path__, "lmcache.kernels."):
-        user = import_module(kernels.name)
-        if getattr(user, "launch", None) is launch and user is not module:
-            monkeypatch.setattr(user, "launch", watched)
+    for user in launching_modules():
+        monkeypatch.setattr(user, "launch", watched)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,26 +27,20 @@ class OnDevice:
         """``exact``: bool ``[N]``, rows that nobody may write."""
         self.device = device
         self._exact = exact
-        self._sent: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sent: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[tuple[int, ...], tuple[list[torch.Tensor], torch.Tensor]] = {}
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` as int32."""
-        return self._send(rows, writable=False)
+        return self._once("rows", rows, lambda: rows)
 
     def writable(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` as int32, −1 in place of exact ones."""
-        return self._send(rows, writable=True)
+        return self._once("writable", rows, lambda: torch.where(self._exact[rows], -1, rows))
 
     def places(self, at: torch.Tensor, count: int) -> torch.Tensor:
-        """int32 ``[count]``: at ``at[i]`` it is ``i``, −1 elsewhere."""
-        held = self._places.get(id(at))
-        if held is None:
-            numbers = torch.full((count,), -1, dtype=torch.int32)
-            numbers[at] = torch.arange(len(at), dtype=torch.int32)
-            held = self._places[id(at)] = at, to_device(numbers, self.device)
-        return held[1]
+        """int32 ``[count]``: at ``at[i]`` it is ``i``, −1 elsewhere. The same ``at`` comes with the same ``count``."""
+        return self._once("places", at, lambda: torch.full((count,), -1).index_copy_(0, at, torch.arange(len(at))))
 
     def mask(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """bool ``[N]``, on the host: the rows in any of ``parts``. The same tensor for the same parts."""
@@ -57,12 +52,11 @@ class OnDevice:
             self._masks[key] = list(parts), mask
         return self._masks[key][1]
 
-    def _send(self, rows: torch.Tensor, *, writable: bool) -> torch.Tensor:
-        held = self._sent.get((id(rows), writable))
+    def _once(self, kind: str, of: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        held = self._sent.get((kind, id(of)))
         if held is None:
-            numbers = torch.where(self._exact[rows], -1, rows) if writable else rows
             # The host's is kept, so that no other can have its id.
-            held = self._sent[id(rows), writable] = rows, to_device(numbers.to(torch.int32), self.device)
+            held = self._sent[kind, id(of)] = of, to_device(make().to(torch.int32), self.device)
         return held[1]
 
 

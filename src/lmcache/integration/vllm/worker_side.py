@@ -152,7 +152,7 @@ class WorkerSide:
 
     @never_raise(lambda: None)
     def bind_connector_metadata(self, meta: LMCacheConnectorMetadata) -> None:
-        """Start a step. Before vLLM 0.32 the first call of a step is :meth:`start_load_kv`, which comes here."""
+        """Start a step, once. Before vLLM 0.32 its first call is :meth:`start_load_kv`, which comes here."""
         if meta is self._meta:
             return
         self._meta = meta
@@ -165,8 +165,7 @@ class WorkerSide:
     @never_raise(lambda: None)
     def start_load_kv(self, meta: LMCacheConnectorMetadata, context: ForwardContext | None = None) -> None:
         """``context``: of this step's forward, where its layers may be asked for one by one."""
-        if meta is not self._meta:
-            self.bind_connector_metadata(meta)
+        self.bind_connector_metadata(meta)
         if not self._early.has_begun(meta, self._device):
             self._start(meta, context)
 
