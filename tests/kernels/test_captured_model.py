@@ -66,6 +66,22 @@ def test_every_size_computes_what_the_model_does(model: Model, captured: Capture
 
 
 @torch.inference_mode()
+def test_a_size_that_a_larger_one_beats_is_not_used(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = CapturedModel(model.run, torch.device("cuda"), sizes=(16, 32, 64))
+    captured.keep_fastest()
+    assert captured.max_rows == 64, "there must be one for as many rows as before"
+    captured = CapturedModel(model.run, torch.device("cuda"), sizes=(16, 32, 64))
+    took = {16: 1.0, 32: 3.0, 64: 2.0}
+    monkeypatch.setattr(CapturedModel, "_layer_milliseconds", lambda _, forward: took[forward.size])
+    captured.keep_fastest()
+    assert [forward.size for forward in captured._forwards] == [16, 64]
+    for count in (16, 17, 64):
+        ids, positions = torch.randint(VOCAB, (count,)).int(), torch.arange(count)
+        expected = model.run(ids.cuda(), positions.cuda(), attend)
+        torch.testing.assert_close(captured.run(ids, positions, attend), expected, rtol=2e-3, atol=2e-3)
+
+
+@torch.inference_mode()
 def test_attention_finds_what_it_needs_in_the_same_memory_in_every_layer(captured: CapturedModel) -> None:
     seen = []
 

@@ -63,7 +63,9 @@ class VLLMModel:
         if not sizes or get_tp_group().world_size > 1:  # collectives have rules of their own for captures
             return
         try:
-            self._captured = CapturedModel(self._run, torch.device(self._device), sizes)
+            captured = CapturedModel(self._run, torch.device(self._device), sizes)
+            captured.keep_fastest()
+            self._captured = captured
         except Exception as error:
             logger.warning(
                 "CacheBlend starts each kernel of the model by itself: CUDA graphs cannot be used: %s", error
