@@ -13,7 +13,7 @@ import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from benchmarks.host_time.stand_ins import DIM, HEADS, LAYERS, STAGING_BYTES, FirstCopies, Model, stand_in_stream
+from benchmarks.host_time.stand_ins import DIM, HEADS, LAYERS, STAGING_BYTES, FirstCopy, Model, stand_in_stream
 from lmcache.blend.rope import FusedRope, RopeFrequencies
 from lmcache.config import LMCacheEngineConfig
 from lmcache.integration.blend.options import BlendDefaults
@@ -44,9 +44,9 @@ class Answer:
 
 
 class HostEngine:
-    def __init__(self, num_tokens: int, copies: FirstCopies, memory_gb: float = 2.0) -> None:
+    def __init__(self, num_tokens: int, first_copy: FirstCopy, memory_gb: float = 2.0) -> None:
         """``num_tokens``: of the longest prompt; ``memory_gb``: for chunks."""
-        self._copies = copies
+        self._first_copy = first_copy
         config = LMCacheEngineConfig.from_defaults(
             chunk_size=CHUNK, enable_blending=True, max_local_cpu_size=memory_gb, blend_corrector="none"
         )
@@ -102,8 +102,8 @@ class HostEngine:
 
     def ask(self, tokens: list[int], params: dict[str, Any] | None = None) -> Answer:
         request, output = self._request(tokens, params)
-        scheduler, worker, first_at = self._scheduler, self._worker, self._copies.at
-        first_at.clear()
+        scheduler, worker = self._scheduler, self._worker
+        self._first_copy.at = None
         before = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
         start = time.perf_counter()
         matched = scheduler.get_num_new_matched_tokens(request, 0)
@@ -115,7 +115,7 @@ class HostEngine:
         self._in_step = True
         worker.bind_connector_metadata(meta)
         worker.start_load_kv(meta)
-        until_copy = first_at.get("passages", first_at.get("prefix", time.perf_counter())) - start
+        until_copy = (self._first_copy.at or time.perf_counter()) - start
         worker.wait_for_save()
         self._in_step = False
         total = time.perf_counter() - start

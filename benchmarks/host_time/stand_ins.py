@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -42,14 +41,15 @@ class _Event:
     def synchronize(self) -> None: ...
 
 
-class FirstCopies:
-    """When the first copies to the device were queued: of an exact prefix, and of a blend's passages."""
+class FirstCopy:
+    """When the first copy to the device was queued."""
 
     def __init__(self) -> None:
-        self.at: dict[str, float] = {}
+        self.at: float | None = None
 
-    def queue(self, kind: str, *_: object) -> None:
-        self.at.setdefault(kind, time.perf_counter())
+    def queue(self, *_: object) -> None:
+        if self.at is None:
+            self.at = time.perf_counter()
 
 
 def _nothing(*_: object, **__: object) -> None: ...
@@ -68,9 +68,9 @@ class _Turns:
     is_neox_style: bool
 
 
-def install() -> FirstCopies:
+def install() -> FirstCopy:
     """For the rest of the process."""
-    first = FirstCopies()
+    first = FirstCopy()
     scores = torch.rand(1, 1 << 16)
     kernels: dict[str, dict[str, Any]] = {
         "kv_write": {"place": _nothing, "write": _nothing, "Turns": _Turns},
@@ -88,9 +88,9 @@ def install() -> FirstCopies:
         (torch.cuda, "Event", _Event),
         (torch.cuda, "current_stream", lambda *_: _Stream()),
         (staged_layers, "can_copy_many", lambda _: True),
-        (staged_layers, "copy_many", partial(first.queue, "passages")),
+        (staged_layers, "copy_many", first.queue),
         (staged_connector, "can_copy_many", lambda _: True),
-        (staged_connector, "copy_many", partial(first.queue, "prefix")),
+        (staged_connector, "copy_many", first.queue),
         (staged_connector, "_GROUP_BYTES", (64 << 20) // _SMALLER),
         (staged_connector, "_SAVE_BYTES", (64 << 20) // _SMALLER),
         (blender, "can_blend_in_pages", lambda *_: True),

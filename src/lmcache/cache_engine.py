@@ -30,7 +30,7 @@ from lmcache.metadata import LMCacheEngineMetadata
 from lmcache.observability.events import CacheStoreEvent, EventBuffer
 from lmcache.paging.interface import GPUConnectorInterface
 from lmcache.prompt import Chunk, Prompt, cut, leading_false
-from lmcache.retrieval import Target, all_arrived, copy_arriving
+from lmcache.retrieval import Target, all_arrived, copy_arriving, send_ahead
 from lmcache.storage.inquiry import Inquiry
 from lmcache.storage.interface import TierStats
 from lmcache.storage.kv_storage import KVStorage
@@ -155,6 +155,11 @@ class LMCacheEngine:
             return self._lease(prompt.chunks, 0, len(prompt), paged)
 
     # Retrieving
+
+    def send_ahead(self, lease: PrefixLease, start: int = 0) -> None:
+        """A :meth:`retrieve` into pages, of what ``lease`` holds from token ``start`` on, is likely to come next: where
+        there is a long way to them, have the first bytes set out. Never waits."""
+        send_ahead(lease, self._connector(), start)
 
     @overload
     def retrieve(

@@ -82,21 +82,21 @@ class PagedKV:
 
     def gather(self, parts: Parts) -> None:
         if parts:
-            self._connector.batched_from_gpu(*_objs_and_ranges(parts), self._slots)
+            self._connector.batched_from_gpu(*objs_and_ranges(parts), self._slots)
 
     def gather_layer(self, layer: int, parts: Parts, sent: LayerKV | None) -> None:
         if sent is not None:
             raise ValueError("store_layer: with slot_mapping the KV is read from the pages; advance with next()")
         if parts:
-            self._connector.layer_from_gpu(layer, *_objs_and_ranges(parts), self._slots)
+            self._connector.layer_from_gpu(layer, *objs_and_ranges(parts), self._slots)
 
     def scatter(self, parts: Parts) -> None:
         if parts:
-            self._connector.batched_to_gpu(*_objs_and_ranges(parts), self._wanted_slots(parts))
+            self._connector.batched_to_gpu(*objs_and_ranges(parts), self._wanted_slots(parts))
 
     def scatter_layer(self, layer: int, parts: Parts) -> None:
         if parts:
-            self._connector.layer_to_gpu(layer, *_objs_and_ranges(parts), self._wanted_slots(parts))
+            self._connector.layer_to_gpu(layer, *objs_and_ranges(parts), self._wanted_slots(parts))
 
     def _wanted_slots(self, parts: Parts) -> torch.Tensor:
         """The slots, −1 for tokens of ``parts`` that are not wanted: before the start, or beyond the prompt."""
@@ -108,7 +108,7 @@ class PagedKV:
         return slots
 
 
-def _objs_and_ranges(parts: Parts) -> tuple[list[MemoryObj], list[tuple[int, int]]]:
+def objs_and_ranges(parts: Parts) -> tuple[list[MemoryObj], list[tuple[int, int]]]:
     return [obj for _, obj in parts], [(chunk.start, chunk.end) for chunk, _ in parts]
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from lmcache.kv_ends import Parts
+from lmcache.kv_ends import Parts, objs_and_ranges
 from lmcache.lease import PrefixLease
+from lmcache.paging.interface import GPUConnectorInterface
 
 
 class Target(Protocol):
@@ -38,6 +39,13 @@ def copy_arriving(lease: PrefixLease, target: Target, start: int, limit: int, ti
     lease.cut()
     # A lease that lost its last chunks may have become shorter than it may be, and then counts as empty.
     return max(start, min(end, lease.num_tokens))
+
+
+def send_ahead(lease: PrefixLease, connector: GPUConnectorInterface, start: int) -> None:
+    """Before a :func:`copy_arriving` into pages: what has arrived of ``lease`` from token ``start`` on may be on its
+    way to them. Never waits."""
+    with lease.arrived(0, 0) as parts:
+        connector.send_ahead(*objs_and_ranges(_within(parts, start, lease.num_tokens)))
 
 
 @contextmanager

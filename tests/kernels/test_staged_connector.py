@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lmcache.memory.memory_obj import MemoryObj
 from lmcache.metadata import TOKEN_MAJOR
 from lmcache.paging import staged_connector
 from lmcache.paging.layout import KVLayout
@@ -79,6 +81,7 @@ def test_every_byte_is_where_the_connector_of_single_tokens_puts_it(
     )
     group_bytes = data.draw(st.sampled_from([1, 300, 2000, 1 << 20]))
     staged = data.draw(st.sampled_from([StagedConnector, BackgroundSaves]))
+    sent_ahead = data.draw(st.sampled_from(["nothing", "these", "others"]))
     connectors = [kind(world.layout, world.tensors) for kind in (TokenConnector, staged)]
     chunks = [new_chunk(connectors[0].spec(end - start)) for start, end in ranges]
     copies = [new_chunk(connectors[0].spec(end - start)) for start, end in ranges]
@@ -92,13 +95,110 @@ def test_every_byte_is_where_the_connector_of_single_tokens_puts_it(
         assert torch.equal(chunk.tensor.view(torch.uint8), copy.tensor.view(torch.uint8))
         chunk.bytes.random_(0, 256)
         copy.bytes.copy_(chunk.bytes)
+    others = [new_chunk(chunk.spec) for chunk in chunks]
     before = [tensor.clone() for tensor in world.memory]
     written = []
     for connector in connectors:
         for tensor, old in zip(world.memory, before, strict=True):
             tensor.view(torch.uint8).copy_(old.view(torch.uint8))
         with patch.object(staged_connector, "_GROUP_BYTES", group_bytes):
+            if sent_ahead != "nothing":
+                connector.batched_to_gpu(others, ranges, slots)
+                connector.send_ahead(chunks if sent_ahead == "these" else others, ranges)
             connector.batched_to_gpu(chunks, ranges, slots)
             connector.layer_to_gpu(1, copies, ranges, slots)
         written.append(world.bytes().clone())
     assert torch.equal(*written)
+
+
+class Loads:
+    """A connector that may have loaded before, so that it has its staging buffers, and chunks whose bytes are alike."""
+
+    RANGES: ClassVar = [(0, 4), (4, 8)]
+    SLOTS: ClassVar = torch.arange(8)
+
+    def __init__(self, *, before: int = 3) -> None:
+        self.world = WORLDS[LAYOUTS[0]](SIZES)
+        self.connector = StagedConnector(self.world.layout, self.world.tensors)
+        for _ in range(before):
+            self.load(self.chunks(0))
+
+    def chunks(self, value: int) -> list[MemoryObj]:
+        made = [new_chunk(self.connector.spec(end - start)) for start, end in self.RANGES]
+        self.fill(made, value)
+        return made
+
+    @staticmethod
+    def fill(chunks: Sequence[MemoryObj], value: int) -> None:
+        for chunk in chunks:
+            chunk.bytes.fill_(value)
+
+    def send_ahead(self, chunks: Sequence[MemoryObj]) -> None:
+        self.connector.send_ahead(chunks, self.RANGES)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    def load(self, chunks: Sequence[MemoryObj]) -> set[int]:
+        """The bytes that are in the pages then."""
+        self.connector.batched_to_gpu(chunks, self.RANGES, self.SLOTS)
+        there = [new_chunk(self.connector.spec(end - start)) for start, end in self.RANGES]
+        self.connector.batched_from_gpu(there, self.RANGES, self.SLOTS)
+        return {byte for chunk in there for byte in chunk.bytes.tolist()}
+
+
+def test_what_was_sent_ahead_is_not_sent_again() -> None:
+    loads = Loads()
+    chunks = loads.chunks(1)
+    loads.send_ahead(chunks)
+    loads.fill(chunks, 2)  # nobody writes into a chunk that is held: only so is it seen which bytes were taken
+    assert loads.load(chunks) == {1}
+    assert loads.load(chunks) == {2}, "once: its buffer belongs to others now"
+
+
+def test_what_was_sent_ahead_is_for_these_chunks_only_and_forgotten_by_the_next_load() -> None:
+    loads = Loads()
+    chunks, others = loads.chunks(1), loads.chunks(3)
+    loads.send_ahead(chunks)
+    assert loads.load(others) == {3}
+    loads.fill(chunks, 2)
+    assert loads.load(chunks) == {2}
+    loads.send_ahead(chunks)
+    loads.send_ahead(others)
+    loads.fill([*chunks, *others], 4)
+    assert loads.load(chunks) == {4}
+    assert loads.load(others) == {4}
+
+
+def test_chunks_that_were_given_back_are_not_taken_for_those_that_came_after_them() -> None:
+    loads = Loads()
+    chunks = loads.chunks(1)
+    loads.send_ahead(chunks)
+    for chunk in chunks:
+        chunk.ref_down()
+    assert loads.load(loads.chunks(2)) == {2}
+
+
+@pytest.mark.parametrize("group_bytes", [1, 1 << 20])
+def test_a_part_may_be_sent_ahead(group_bytes: int) -> None:
+    loads = Loads()
+    chunks = loads.chunks(1)
+    with patch.object(staged_connector, "_GROUP_BYTES", group_bytes):
+        loads.load(chunks)
+        loads.send_ahead(chunks)
+        loads.fill(chunks, 2)
+        assert loads.load(chunks) == ({1, 2} if group_bytes == 1 else {1})
+
+
+def test_nothing_is_sent_ahead_while_there_is_no_room() -> None:
+    loads = Loads(before=0)
+    chunks = loads.chunks(1)
+    loads.send_ahead(chunks)  # no load has made the buffers yet
+    loads.fill(chunks, 2)
+    assert loads.load(chunks) == {2}
+
+    loads = Loads()
+    chunks = loads.chunks(2)
+    with loads.connector._in.lock:  # a load is being queued in another thread
+        loads.send_ahead(chunks)
+    loads.fill(chunks, 3)
+    assert loads.load(chunks) == {3}

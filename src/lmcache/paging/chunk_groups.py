@@ -64,6 +64,10 @@ class UniformChunks:
         for chunk in range(0, len(self.objs), step):
             yield ChunkGroup(range(chunk, min(chunk + step, len(self.objs))), layers)
 
+    def room(self, group: ChunkGroup) -> int:
+        """Bytes that a group needs in a staging buffer."""
+        return len(group.chunks) * len(group.layers) * self.layer_bytes
+
     def tokens_of(self, group: ChunkGroup) -> tuple[int, int]:
         """The first token of a group, counted from the first chunk's, and how many there are."""
         first = group.chunks.start * self.num_tokens

@@ -42,6 +42,13 @@ class GPUConnectorInterface(ABC):
     ) -> None:
         """Memory → pages, every layer. Tokens with slot −1 are left alone."""
 
+    def send_ahead(  # noqa: B027 - who has no way to the pages that takes time need not do anything
+        self, objs: Sequence[MemoryObj], ranges: Sequence[tuple[int, int]]
+    ) -> None:
+        """:meth:`batched_to_gpu` of these chunks is likely to come next: have their bytes on the way, as far as that
+        costs nobody anything. The chunks may be given back before that call, which then never comes. Never waits.
+        """
+
     @abstractmethod
     def layer_from_gpu(
         self,

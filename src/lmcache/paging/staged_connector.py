@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import threading
+import operator
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from lmcache.memory.device_copy import can_copy_many, copy_many, kernels_reach_p
 from lmcache.memory.memory_obj import MemoryObj
 from lmcache.memory.to_device import to_device
 from lmcache.paging.chunk_groups import ChunkGroup, UniformChunks
+from lmcache.paging.copy_ring import CopyRing, Sent, after, event_of, on_stream, wait_for
 from lmcache.paging.layout import KVLayout
 from lmcache.paging.token_connector import TokenConnector
 
@@ -32,45 +33,11 @@ _SAVE_BYTES = 64 << 20
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
-class _Buffer:
-    """Room for some chunks on the device; ``free`` is the event of whoever used it last."""
+class _OnTheirWay(NamedTuple):
+    """Chunks whose first groups were sent ahead. An object that was given back meanwhile is no other's."""
 
-    def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
-        self.free: torch.cuda.Event | None = None
-
-
-class _Ring:
-    """The buffers of one direction, and its streams. One call at a time."""
-
-    def __init__(self, device: torch.device, depth: int) -> None:
-        self.device = device
-        self.lock = threading.Lock()
-        self._buffers = [_Buffer() for _ in range(depth)]
-        self._next = 0
-
-    @cached_property
-    def stream(self) -> torch.cuda.Stream | None:
-        """For copies over the bus."""
-        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    @cached_property
-    def kernels(self) -> torch.cuda.Stream | None:
-        """For kernels that wait for copies of the past, which nobody else is to wait for."""
-        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def take(self, nbytes: int) -> _Buffer:
-        """The next buffer. Work on it must wait for its ``free``."""
-        buffer = self._buffers[self._next]
-        self._next = (self._next + 1) % len(self._buffers)
-        if len(buffer.bytes) < nbytes:
-            buffer.bytes = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            buffer.free = None
-            if self.stream is not None:
-                # Memory that torch gives out again is free for the current stream only.
-                self.stream.wait_stream(torch.cuda.current_stream(self.device))
-                buffer.bytes.record_stream(self.stream)
-        return buffer
+    objs: list[MemoryObj]
+    groups: dict[ChunkGroup, Sent]
 
 
 class StagedConnector(TokenConnector):
@@ -87,7 +54,8 @@ class StagedConnector(TokenConnector):
         """
         super().__init__(kv_layout, tensors)
         self._background_saves = background_saves
-        self._in, self._out = _Ring(self._device, _LOAD_DEPTH), _Ring(self._device, _SAVE_DEPTH)
+        self._in, self._out = CopyRing(self._device, _LOAD_DEPTH), CopyRing(self._device, _SAVE_DEPTH)
+        self._ahead: _OnTheirWay | None = None
         views = [kv_layout.plane_views(tensors, layer) for layer in self._all_layers]
         self._views = views  # what the kernels' addresses point at
         itemsize = kv_layout.dtype.itemsize
@@ -132,6 +100,28 @@ class StagedConnector(TokenConnector):
             at_staged = torch.tensor([staged.data_ptr()], device=self._device)
             copy_to_host(at_staged, self._pages, nowhere, 1, 1, 1, self._all_layers, alignment=16)
 
+    @torch.inference_mode()
+    def send_ahead(self, objs: Sequence[MemoryObj], ranges: Sequence[tuple[int, int]]) -> None:
+        """See :class:`GPUConnectorInterface`. As much as the staging buffers hold; nothing while they are in use, or
+        before a load has made them."""
+        ring = self._in
+        if not objs or not ring.lock.acquire(blocking=False):
+            return
+        try:
+            self._ahead = None
+            token_bytes = len(self.kv_layout.planes) * self._row_bytes
+            chunks = UniformChunks.of(objs, ranges, token_bytes)
+            if chunks is None:
+                return
+            sent: dict[ChunkGroup, Sent] = {}
+            for group in islice(chunks.groups(self._all_layers, _GROUP_BYTES), _LOAD_DEPTH):
+                if not ring.has_room(chunks.room(group)):
+                    break
+                sent[group] = self._send(ring, chunks, group)
+            self._ahead = _OnTheirWay(list(objs), sent)
+        finally:
+            ring.lock.release()
+
     def _move_checked(
         self,
         to_pages: bool,
@@ -153,10 +143,20 @@ class StagedConnector(TokenConnector):
     ) -> None:
         ring = self._in
         with ring.lock:
+            ahead = self._take_ahead(layers, objs)
             offsets = self._offsets(slots).view(-1)
             for chunks, start in self._alike(objs, ranges):
                 for group in chunks.groups(layers, _GROUP_BYTES):
-                    self._load_group(ring, chunks, group, offsets[start:], len(slots))
+                    sent = ahead.get(group) or self._send(ring, chunks, group)
+                    self._load_group(sent, chunks, group, offsets[start:], len(slots))
+
+    def _take_ahead(self, layers: range, objs: Sequence[MemoryObj]) -> dict[ChunkGroup, Sent]:
+        """What was sent ahead of a load of ``objs``. What it was sent for otherwise is forgotten, for the buffers are
+        given to others now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or layers != self._all_layers or len(objs) != len(ahead.objs):
+            return {}
+        return ahead.groups if all(map(operator.is_, objs, ahead.objs)) else {}
 
     def _save(
         self,
@@ -167,10 +167,10 @@ class StagedConnector(TokenConnector):
     ) -> None:
         ring = self._out
         with ring.lock:
-            _after(_event(self._current()), ring.kernels)
+            after(event_of(self._current()), ring.kernels)
             try:
                 # The caller's stream may be the one that the engine computes on.
-                with _on(ring.kernels):
+                with on_stream(ring.kernels):
                     offsets = self._offsets(slots).view(-1)
                     holes = int(slots.min()) < 0
                     for chunks, start in self._alike(objs, ranges):
@@ -181,7 +181,7 @@ class StagedConnector(TokenConnector):
                             self._save_group(ring, self._current(), chunks, group, offsets[start:], len(slots), holes)
             finally:  # also after an error: the chunks' memory may be given to others then
                 for stream in (ring.kernels, ring.stream):
-                    _wait_for(stream)
+                    wait_for(stream)
 
     def _alike(
         self, objs: Sequence[MemoryObj], ranges: Sequence[tuple[int, int]]
@@ -193,31 +193,35 @@ class StagedConnector(TokenConnector):
         for chunks, (start, _) in zip(alike, ranges, strict=False):
             yield chunks, start
 
-    def _load_group(
-        self, ring: _Ring, chunks: UniformChunks, group: ChunkGroup, offsets: torch.Tensor, total_tokens: int
-    ) -> None:
-        from lmcache.kernels.chunk_copy import copy_chunks
-
-        room = len(group.layers) * chunks.layer_bytes
-        buffer = ring.take(len(group.chunks) * room)
-        there = buffer.bytes[: len(group.chunks) * room]
-        _after(buffer.free, ring.stream)
+    def _send(self, ring: CopyRing, chunks: UniformChunks, group: ChunkGroup) -> Sent:
+        """Copy a group into the next staging buffer."""
+        room = chunks.room(group)
+        buffer = ring.take(room)
+        there = buffer.bytes[:room]
+        after(buffer.free, ring.stream)
         if ring.stream is not None and can_copy_many(self._device):
             copy_many(*chunks.addresses(group, there.data_ptr()), ring.stream)
         else:
-            with _on(ring.stream):
-                for share, kept in zip(there.view(-1, room), chunks.shares(group), strict=True):
+            with on_stream(ring.stream):
+                for share, kept in zip(there.view(len(group.chunks), -1), chunks.shares(group), strict=True):
                     share[: len(kept)].copy_(kept, non_blocking=True)
-        arrived, current = _event(ring.stream), self._current()
-        _after(arrived, current)
+        return Sent(buffer, there, event_of(ring.stream))
+
+    def _load_group(
+        self, sent: Sent, chunks: UniformChunks, group: ChunkGroup, offsets: torch.Tensor, total_tokens: int
+    ) -> None:
+        from lmcache.kernels.chunk_copy import copy_chunks
+
+        current = self._current()
+        after(sent.arrived, current)
         first, num_tokens = chunks.tokens_of(group)
-        staged = self._staged(there, chunks, group)
+        staged = self._staged(sent.bytes, chunks, group)
         copy_chunks(staged, self._pages, offsets[first:], num_tokens, total_tokens, group.layers, to_pages=True)
-        buffer.free = _event(current)
+        sent.buffer.free = event_of(current)
 
     def _save_group(
         self,
-        ring: _Ring,
+        ring: CopyRing,
         current: torch.cuda.Stream | None,
         chunks: UniformChunks,
         group: ChunkGroup,
@@ -227,21 +231,21 @@ class StagedConnector(TokenConnector):
     ) -> None:
         from lmcache.kernels.chunk_copy import copy_chunks
 
-        room = len(group.layers) * chunks.layer_bytes
-        buffer = ring.take(len(group.chunks) * room)
-        there = buffer.bytes[: len(group.chunks) * room]
-        _after(buffer.free, current)
+        room = chunks.room(group)
+        buffer = ring.take(room)
+        there = buffer.bytes[:room]
+        after(buffer.free, current)
         if holes:  # what has no slot keeps its place in the chunk as it was
-            for share, kept in zip(there.view(-1, room), chunks.shares(group), strict=True):
+            for share, kept in zip(there.view(len(group.chunks), -1), chunks.shares(group), strict=True):
                 share[: len(kept)].copy_(kept)
         first, num_tokens = chunks.tokens_of(group)
         staged = self._staged(there, chunks, group)
         copy_chunks(staged, self._pages, offsets[first:], num_tokens, total_tokens, group.layers, to_pages=False)
-        _after(_event(current), ring.stream)
-        with _on(ring.stream):
-            for share, kept in zip(there.view(-1, room), chunks.shares(group), strict=True):
+        after(event_of(current), ring.stream)
+        with on_stream(ring.stream):
+            for share, kept in zip(there.view(len(group.chunks), -1), chunks.shares(group), strict=True):
                 kept.copy_(share[: len(kept)], non_blocking=True)
-        buffer.free = _event(ring.stream)
+        buffer.free = event_of(ring.stream)
 
     def _save_directly(self, chunks: UniformChunks, layers: range, offsets: torch.Tensor, total_tokens: int) -> None:
         from lmcache.kernels.chunks_to_host import copy_to_host
@@ -286,28 +290,3 @@ class StagedConnector(TokenConnector):
 
     def _current(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
-
-
-def _event(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-    if stream is None:
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(stream)
-    return event
-
-
-def _after(event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
-    if event is not None and stream is not None:
-        stream.wait_event(event)
-
-
-def _wait_for(stream: torch.cuda.Stream | None) -> None:
-    """Without keeping a core busy."""
-    if stream is not None:
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        done.record(stream)
-        done.synchronize()

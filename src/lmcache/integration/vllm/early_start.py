@@ -24,8 +24,8 @@ class Place(NamedTuple):
 
 
 class EarlyStart:
-    """Decides for each step. One with blends gives the GPU something to do in the milliseconds that vLLM takes to
-    prepare a forward, if scheduler and worker share a thread and a stream, which the first blend tells.
+    """Decides for each step. One with loads or blends gives the GPU something to do in the milliseconds that vLLM takes
+    to prepare a forward, if scheduler and worker share a thread and a stream, which the first such step tells.
 
     ``in_step``: whether vLLM still has a call to make for an earlier step.
     """
@@ -37,7 +37,7 @@ class EarlyStart:
 
     def begins(self, meta: LMCacheConnectorMetadata, device: torch.device) -> bool:
         """Whether ``meta``, just planned, is to be started now; if so, :meth:`has_begun` tells it to its forward."""
-        if not meta.blends or self._steps_run is None or self._begun is not None or self._in_step():
+        if not _has_work(meta) or self._steps_run is None or self._begun is not None or self._in_step():
             return False
         if self._steps_run != Place.here(device):
             return False
@@ -47,7 +47,7 @@ class EarlyStart:
     def has_begun(self, meta: LMCacheConnectorMetadata, device: torch.device) -> bool:
         """Whether ``meta``, whose forward is next, was started. If so, what is queued from now on comes after it."""
         begun, self._begun = self._begun, None
-        if not meta.blends:
+        if not _has_work(meta):
             return False
         here, before = Place.here(device), self._steps_run
         self._steps_run = here
@@ -56,3 +56,7 @@ class EarlyStart:
         if here.stream is not None and before is not None and before.stream not in (None, here.stream):
             here.stream.wait_stream(before.stream)
         return True
+
+
+def _has_work(meta: LMCacheConnectorMetadata) -> bool:
+    return bool(meta.loads or meta.blends)

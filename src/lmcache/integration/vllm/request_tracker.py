@@ -24,8 +24,9 @@ class RequestTracker:
 
     ``local_tokens`` lie in vLLM's own prefix cache, ``external_tokens`` behind them come from ours. ``leased_for`` is
     the token count that ``lease`` was taken for: after a preemption the request has more, and is looked up again;
-    ``asked_for`` is the one for which shared stores were asked, in ``inquiry``. ``reused_tokens`` and ``tiers`` count
-    the exact prefix, ``passage_tokens`` and ``passage_tiers`` what the blend behind it was promised.
+    ``asked_for`` is the one for which shared stores were asked, in ``inquiry``. ``sent_ahead`` is the lease of which
+    bytes have set out. ``reused_tokens`` and ``tiers`` count the exact prefix, ``passage_tokens`` and
+    ``passage_tiers`` what the blend behind it was promised.
     """
 
     request: Request
@@ -40,6 +41,7 @@ class RequestTracker:
     asked_for: int = -1
     lease: PrefixLease | RankedLease | None = None
     leased_for: int = 0
+    sent_ahead: PrefixLease | RankedLease | None = None
     waiting_since: float | None = None
     local_tokens: int = 0
     external_tokens: int = 0
@@ -80,7 +82,7 @@ class RequestTracker:
         return None if self.blend is None else self.blend.exact_tokens
 
     def take_lease(self) -> PrefixLease | RankedLease | None:
-        lease, self.lease = self.lease, None
+        lease, self.lease, self.sent_ahead = self.lease, None, None
         return lease
 
     def drop_lease(self) -> None:

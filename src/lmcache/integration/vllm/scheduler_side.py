@@ -42,6 +42,7 @@ class SchedulerSide:
         self._save_planner = SavePlanner(shared)
         self._trackers: dict[str, RequestTracker] = {}
         self._asynchronous_loads: list[LoadOp] = []
+        self._has_sent_ahead = False
         self._make_scheduling: Callable[[], BlendScheduling | None] | None = make_scheduling
         self._stalls = RequestStalls(shared.metrics)
 
@@ -76,6 +77,7 @@ class SchedulerSide:
         elif self._awaits_save(tracker, num_computed_tokens) and self._may_wait(tracker, _MAX_SAVE_WAIT_SECONDS):
             tracker.leased_for = -1  # look again
             return None
+        self._send_ahead(tracker, num_computed_tokens)
         exact = max(lease.num_tokens, num_computed_tokens)
         blended = self._blend(tracker, exact, num_computed_tokens)
         if blended is None:
@@ -109,6 +111,17 @@ class SchedulerSide:
         if promised and tracker.blend.prepared is not None:
             self._stage(tracker.blend.prepared)
         return promised
+
+    @never_raise(lambda: None)
+    def _send_ahead(self, tracker: RequestTracker, local_tokens: int) -> None:
+        """The GPU's link is free while the rest is looked up and vLLM prepares its step. Once a request, and once a
+        step: what vLLM finds no room for has gone in vain."""
+        lease = tracker.lease
+        if self._has_sent_ahead or self._config.use_layerwise or lease is None or tracker.sent_ahead is lease:
+            return
+        if min(lease.num_tokens, tracker.request.num_tokens - 1) > local_tokens:
+            self._has_sent_ahead, tracker.sent_ahead = True, lease
+            self._shared.send_ahead(lease, local_tokens)
 
     @never_raise(lambda: None)
     def _stage(self, prepared: PreparedBlend) -> None:
@@ -152,7 +165,7 @@ class SchedulerSide:
         meta = LMCacheConnectorMetadata(asynchronous_loads=self._asynchronous_loads)
         if self._shared.blend_scheduling is not None:
             self._shared.blend_scheduling.next_step()
-        self._asynchronous_loads = []
+        self._asynchronous_loads, self._has_sent_ahead = [], False
         cached = output.scheduled_cached_reqs
         steps = [(new.req_id, new.block_ids[0], True, new.num_computed_tokens) for new in output.scheduled_new_reqs]
         steps += [
@@ -164,7 +177,7 @@ class SchedulerSide:
         for req_id, blocks, replaces_blocks, _ in steps:
             self._plan_loads(meta, req_id, blocks, replaces_blocks=replaces_blocks)
         meta.preempted = [req_id for req_id, tracker in self._trackers.items() if tracker.was_preempted()]
-        if meta.blends and not getattr(output, "new_block_ids_to_zero", None):
+        if (meta.loads or meta.blends) and not getattr(output, "new_block_ids_to_zero", None):
             self._shared.begin_early(meta)
         # Only now: saves come after the step, so that its blends need not wait for what names and cuts them.
         for req_id, _, _, computed in steps:

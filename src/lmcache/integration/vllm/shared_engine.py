@@ -94,6 +94,12 @@ class SharedEngine:
         self.prepared_blends[op.req_id] = prepared
         return op
 
+    def send_ahead(self, lease: PrefixLease | RankedLease, start: int) -> None:
+        """The worker role will be given ``lease`` in this step, unless vLLM finds no room for its request, and load
+        what it holds from token ``start`` on."""
+        assert isinstance(lease, PrefixLease)
+        self.engine.send_ahead(lease, start)
+
     def stage(self, prepared: PreparedBlend) -> None:
         """The worker role will be given ``prepared`` in this step, unless vLLM finds no room for its request."""
         if self.blender is not None:

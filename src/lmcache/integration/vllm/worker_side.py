@@ -172,6 +172,8 @@ class WorkerSide:
     @never_raise(lambda: None)
     def begin_early(self, meta: LMCacheConnectorMetadata) -> None:
         """A step is planned: start it, if that can be, so that :meth:`start_load_kv` has nothing left to do."""
+        if self._shared.config.use_layerwise and not meta.blends:
+            return  # its forward asks for one layer after the other
         if self._early.begins(meta, self._device):
             with torch.inference_mode():
                 self.bind_connector_metadata(meta)

@@ -83,11 +83,14 @@ class RankedCache:
         )
         return replace(op, planned=planned)
 
-    def stage(self, prepared: PreparedBlend) -> None:
+    def send_ahead(self, lease: PrefixLease | RankedLease, start: int) -> None:
         """The ranks learn of it with the step."""
 
+    def stage(self, prepared: PreparedBlend) -> None:
+        """As :meth:`send_ahead`."""
+
     def begin_early(self, meta: LMCacheConnectorMetadata) -> None:
-        """As :meth:`stage`."""
+        """As :meth:`send_ahead`."""
 
     def make_finder(self, cutter: PromptCutter) -> RankedFinder:
         return RankedFinder(self._ranks, cutter)
