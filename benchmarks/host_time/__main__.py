@@ -117,13 +117,13 @@ def lower_quartile(figures: list[float]) -> float:
 
 
 def measure(lengths: list[int], runs: int, profile: str | None, *, quartiles: bool) -> None:
-    copies = install()
+    first_copy = install()
     from benchmarks.host_time.engine import HostEngine
 
     watch = watched()
     prompts = Prompts()
     longest = max(lengths) + SYSTEM + QUESTION
-    engine = HostEngine(longest, copies)
+    engine = HostEngine(longest, first_copy)
     documents = [prompts.tokens(DOCUMENT) for _ in range(max(lengths) // DOCUMENT)]
     for document in documents:
         engine.keep([*prompts.system, *document])

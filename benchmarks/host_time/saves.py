@@ -43,7 +43,7 @@ def _watch(name: str, owner: Any, attribute: str, spent: dict[str, float]) -> No
 
 
 def measure(num_tokens: int, runs: int, profile: bool) -> None:
-    copies = install()
+    first_copy = install()
     from benchmarks.host_time.engine import HostEngine
     from lmcache.cache_engine import LMCacheEngine
     from lmcache.chunk_writes import ChunkWrites
@@ -64,7 +64,7 @@ def measure(num_tokens: int, runs: int, profile: bool) -> None:
             ("  remember", PageSaves, "_remember"),
         ):
             _watch(name, owner, attribute, spent)
-    engine = HostEngine(num_tokens, copies, _MEMORY_GB)
+    engine = HostEngine(num_tokens, first_copy, _MEMORY_GB)
     random = np.random.default_rng(3)
     rows: defaultdict[str, list[float]] = defaultdict(list)
     gc.collect()
