@@ -28,8 +28,16 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
     By vLLM's own wrapper, which loads in the step. (Ours loads before the request's first, and what fails then vLLM
     computes rightly.) Outcomes besides "healed": "hurt", as it is; "nothing done" about it by anybody; "left to vLLM",
     which is told of it after its forward. ``left``: how many blocks vLLM was told of, by outcome. ``begun_early``:
-    of each step with blends, whether it was begun before vLLM had prepared its forward.
+    of each step that loads or blends, whether it was begun before vLLM had prepared its forward.
     """
+    start, early = WorkerSide._start, list[bool]()
+
+    def started(side: WorkerSide, meta: LMCacheConnectorMetadata, context: Any) -> None:
+        if meta.loads or meta.blends:
+            early.append(meta is side._early._begun)
+        start(side, meta, context)
+
+    patch.object(WorkerSide, "_start", started).start()
     llm = start_llm(
         "built-in",
         {**CONFIG, "enable_blending": blending},
@@ -57,15 +65,7 @@ def lost(blending: bool, outcomes: list[str]) -> dict[str, Any]:
     shared.saves.wait()
     answers: dict[str, Any] = {}
     left = dict.fromkeys(outcomes, 0)
-    take, start = LostLoads.take_blocks, WorkerSide._start
-    early: list[bool] = []
-
-    def started(side: WorkerSide, meta: LMCacheConnectorMetadata, context: Any) -> None:
-        if meta.blends:
-            early.append(meta is side._early._begun)
-        start(side, meta, context)
-
-    patch.object(WorkerSide, "_start", started).start()
+    take = LostLoads.take_blocks
     for name, prompt in prompts.items():
         params = KEPT if name == "prefix" else BLENDED
         forget(llm)

@@ -24,6 +24,10 @@ def check(served: dict[str, Any]) -> None:
         assert answer["hurt"]["reuse"].get("blend") is None, name
         assert answer["healed"]["reuse"]["reused_tokens"] > 0, name
     assert served["left"]["hurt"] == 0
+    first, *others = served["begun_early"]
+    assert not first, "it tells where steps run"
+    assert len(others) >= 2 * len(served["answers"])
+    assert all(others)
     assert served["counted"]['lmcache_failures_total{reason="load"}'] >= len(served["answers"])
     assert served["leaks"] == []
 
@@ -33,7 +37,6 @@ def test_what_does_not_come_is_computed(blending: bool) -> None:
     served = run("lost", module=MODULE, blending=blending, outcomes=["hurt", "nothing done"])
     assert len(served["answers"]) == (3 if blending else 1)
     check(served)
-    assert served["begun_early"] == ([False] + 5 * [True] if blending else []), "the first one tells where steps run"
     assert 'lmcache_failures_total{reason="compute_lost"}' not in served["counted"]
     for name, answer in served["answers"].items():
         text = answer["expected"]["tokens"]
@@ -43,7 +46,6 @@ def test_what_does_not_come_is_computed(blending: bool) -> None:
 def test_what_does_not_come_is_computed_for_a_vllm_as_on_a_gpu() -> None:
     served = run("lost", module=MODULE, blending=True, outcomes=["hurt", "left to vLLM"], second_runner=True)
     check(served)
-    assert served["begun_early"] == [False] + 5 * [True]
     assert served["left"]["left to vLLM"] > 0
     # The day on which these are alike, vLLM has mended it.
     for name, answer in served["answers"].items():
