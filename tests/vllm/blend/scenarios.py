@@ -159,7 +159,8 @@ def raised(made: Blends) -> str:
 def refusal(name: str) -> dict[str, Any]:
     """Why a model is not blended, if it is not. ``+lora`` behind its name serves it with LoRA on."""
     name, _, lora = name.partition("+")
-    with serving(name, enable_lora=bool(lora)) as llm:
+    # Where the processor has AMX, vLLM's attention over latents takes no weights in float32.
+    with serving(name, enable_lora=bool(lora), dtype="bfloat16") as llm:
         try:
             model = VLLMModel(StepConnector.model, llm.llm_engine.vllm_config)
             find_ropes(model)

@@ -78,7 +78,6 @@ def serving(name: str, **options: Any) -> Iterator[Any]:
         save(name, str(Path(folder)))
         llm = LLM(
             model=folder,
-            dtype="float32",
             enforce_eager=True,
             max_model_len=1024,
             num_gpu_blocks_override=128,
@@ -86,7 +85,7 @@ def serving(name: str, **options: Any) -> Iterator[Any]:
             skip_tokenizer_init=True,
             max_logprobs=-1,
             kv_transfer_config=KVTransferConfig(**CONFIG),
-            **options,
+            **{"dtype": "float32", **options},
         )
         try:
             yield llm
