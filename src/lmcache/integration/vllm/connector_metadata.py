@@ -111,3 +111,8 @@ class LMCacheConnectorMetadata(KVConnectorMetadata):
     segment_saves: list[SegmentSaveOp] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     delayed_frees: list[str] = field(default_factory=list)
+
+    @property
+    def fills_pages(self) -> bool:
+        """Whether there is something to do before this step's forward."""
+        return bool(self.loads or self.blends)

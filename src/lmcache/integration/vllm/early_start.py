@@ -37,7 +37,7 @@ class EarlyStart:
 
     def begins(self, meta: LMCacheConnectorMetadata, device: torch.device) -> bool:
         """Whether ``meta``, just planned, is to be started now; if so, :meth:`has_begun` tells it to its forward."""
-        if not _has_work(meta) or self._steps_run is None or self._begun is not None or self._in_step():
+        if not meta.fills_pages or self._steps_run is None or self._begun is not None or self._in_step():
             return False
         if self._steps_run != Place.here(device):
             return False
@@ -47,7 +47,7 @@ class EarlyStart:
     def has_begun(self, meta: LMCacheConnectorMetadata, device: torch.device) -> bool:
         """Whether ``meta``, whose forward is next, was started. If so, what is queued from now on comes after it."""
         begun, self._begun = self._begun, None
-        if not _has_work(meta):
+        if not meta.fills_pages:
             return False
         here, before = Place.here(device), self._steps_run
         self._steps_run = here
@@ -56,7 +56,3 @@ class EarlyStart:
         if here.stream is not None and before is not None and before.stream not in (None, here.stream):
             here.stream.wait_stream(before.stream)
         return True
-
-
-def _has_work(meta: LMCacheConnectorMetadata) -> bool:
-    return bool(meta.loads or meta.blends)

@@ -177,7 +177,7 @@ class SchedulerSide:
         for req_id, blocks, replaces_blocks, _ in steps:
             self._plan_loads(meta, req_id, blocks, replaces_blocks=replaces_blocks)
         meta.preempted = [req_id for req_id, tracker in self._trackers.items() if tracker.was_preempted()]
-        if (meta.loads or meta.blends) and not getattr(output, "new_block_ids_to_zero", None):
+        if meta.fills_pages and not getattr(output, "new_block_ids_to_zero", None):
             self._shared.begin_early(meta)
         # Only now: saves come after the step, so that its blends need not wait for what names and cuts them.
         for req_id, _, _, computed in steps:
