@@ -18,6 +18,8 @@ ARGUMENTS = [
     *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
     *("--disable-overlap-schedule", "--skip-server-warmup"),
 ]
+# Otherwise a scheduler without requests asks for some without a pause, which takes a whole core.
+SLEEP_ON_IDLE = "--sleep-on-idle"
 
 
 class SGLangServer(EngineServer):
@@ -38,7 +40,7 @@ class SGLangServer(EngineServer):
         paths = [str(SHIMS), environment.get("PYTHONPATH") or "", os.environ.get("PYTHONPATH", "")]
         super().__init__(
             "sglang.launch_server",
-            ["--model-path", str(model), *ARGUMENTS, *(["--enable-lmcache"] if lmcache else []), *arguments],
+            ["--model-path", str(model), *ARGUMENTS, SLEEP_ON_IDLE, *(["--enable-lmcache"] if lmcache else []), *arguments],
             {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             log,
         )

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from demo.server import EngineServer, _free_port
-from demo.sglang.server import SHIMS, SGLangServer
+from demo.sglang.server import SHIMS, SLEEP_ON_IDLE, SGLangServer
 from tests.sglang.generation_ab.old_sglang import source
 from tests.sglang.generation_c.probed_server import ProbedServer, _spelled
 from tests.sglang.server import MODEL, REPOSITORY
@@ -21,7 +21,7 @@ ARGUMENTS = [
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-cuda-graph", "--disable-piecewise-cuda-graph", "--disable-overlap-schedule", "--skip-server-warmup"),
     *("--dtype", "float32", "--context-length", "1024", "--max-running-requests", "8", "--random-seed", "1"),
-    *("--mem-fraction-static", "0.3", "--watchdog-timeout", "900"),
+    *("--mem-fraction-static", "0.3", "--watchdog-timeout", "900", SLEEP_ON_IDLE),
 ]
 
 

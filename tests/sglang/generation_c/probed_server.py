@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from demo.server import EngineServer
-from demo.sglang.server import ARGUMENTS, SHIMS, SGLangServer
+from demo.sglang.server import ARGUMENTS, SHIMS, SLEEP_ON_IDLE, SGLangServer
 from tests.sglang.server import MODEL, REPOSITORY, Server
 
 MODULE = "tests.sglang.generation_c.probed_launch"
@@ -86,8 +86,12 @@ def probed_server(
     model: Path = MODEL,
     page_size: int = 1,
     lmcache: bool = True,
+    sleeps_on_idle: bool = True,
 ) -> Iterator[ProbedServer]:
-    """A ready server. ``folder`` takes its log and what the probe says; ``config`` are our options."""
+    """A ready server. ``folder`` takes its log and what the probe says; ``config`` are our options.
+
+    Not to sleep on idle is SGLang's default, but each such server takes a core from those beside it.
+    """
     for old in ("fault", "ask-0", "ask-1"):
         (folder / old).unlink(missing_ok=True)
     options = {"chunk_size": 16, "max_local_cpu_size": 0.5, **(config or {})}
@@ -97,6 +101,7 @@ def probed_server(
     flags = ["--model-path", str(model), *ARGUMENTS, "--dtype", "float32", "--page-size", str(page_size)]
     flags += ["--context-length", "4096", "--max-total-tokens", "8192", "--max-running-requests", "8", *arguments]
     flags += ["--enable-lmcache"] if lmcache else []
+    flags += [SLEEP_ON_IDLE] if sleeps_on_idle else []
     log = folder / "sglang.log"
     with _Process(flags, environment, log) as process:
         process.wait_until_ready(lambda line: None, timeout=400)

@@ -59,7 +59,7 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in files[::2]:
         file.write_bytes(b"lost")
     config["local_cpu"] = False
-    with probed_server(tmp_path, config, model=model, arguments=two) as server:
+    with probed_server(tmp_path, config, model=model, arguments=two, sleeps_on_idle=False) as server:
         again = ask(server)
         assert [text for text, _ in again] == [text for text, _ in cold]
         assert sum(reused for _, reused in again) < sum(reused for _, reused in warm)

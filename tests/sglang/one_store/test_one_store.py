@@ -52,7 +52,7 @@ def test_one_store(tmp_path: Path) -> None:
     first = vllm(folder, tmp_path, "first")
     prompts, count = first["prompts"], len(first["tokens"])
     assert [told["reused_tokens"] for told in first["reuse"]] == [0] * count
-    with probed_server(tmp_path, {"local_disk": folder, "local_cpu": False}) as server:
+    with probed_server(tmp_path, {"local_disk": folder, "local_cpu": False}, sleeps_on_idle=False) as server:
         answers = []
         for prompt in prompts:
             server.flush()
