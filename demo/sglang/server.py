@@ -38,9 +38,10 @@ class SGLangServer(EngineServer):
         lmcache: bool = True,
     ) -> None:
         paths = [str(SHIMS), environment.get("PYTHONPATH") or "", os.environ.get("PYTHONPATH", "")]
+        ours = ["--enable-lmcache"] if lmcache else []
         super().__init__(
             "sglang.launch_server",
-            ["--model-path", str(model), *ARGUMENTS, SLEEP_ON_IDLE, *(["--enable-lmcache"] if lmcache else []), *arguments],
+            ["--model-path", str(model), *ARGUMENTS, SLEEP_ON_IDLE, *ours, *arguments],
             {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             log,
         )
