@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import httpx
 from typing_extensions import Self
@@ -47,16 +48,19 @@ class EngineServer:
         with self._log.open("ab") as log:
             log.write(f"$ {' '.join(self._command)}\n".encode())
             log.flush()
-            # A session of its own, so that the engine's processes can be ended with it.
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self._process = self._start(log)
         return self
+
+    def _start(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        """In a session of its own, so that the engine's processes can be ended with it."""
+        return subprocess.Popen(
+            self._command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

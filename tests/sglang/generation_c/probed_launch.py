@@ -1,6 +1,6 @@
 """SGLang's ``launch_server`` with :mod:`probe` in it: ``python -m`` this. The variable PROBE_FOLDER names the folder.
 
-Nothing of SGLang is changed. Its scheduler is spawned, and so imports this module too.
+Nothing of SGLang is changed.
 """
 
 from __future__ import annotations

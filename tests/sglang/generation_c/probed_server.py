@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
-from demo.server import EngineServer
 from demo.sglang.server import ARGUMENTS, SHIMS, SLEEP_ON_IDLE, SGLangServer
+from tests.sglang.prepared_server import PreparedServer
 from tests.sglang.server import MODEL, REPOSITORY, Server
 
 MODULE = "tests.sglang.generation_c.probed_launch"
@@ -72,11 +72,6 @@ class ProbedServer(Server):
             (self._folder / "fault").unlink()
 
 
-class _Process(SGLangServer):
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        EngineServer.__init__(self, MODULE, arguments, environment, log)
-
-
 @contextmanager
 def probed_server(
     folder: Path,
@@ -103,7 +98,7 @@ def probed_server(
     flags += ["--enable-lmcache"] if lmcache else []
     flags += [SLEEP_ON_IDLE] if sleeps_on_idle else []
     log = folder / "sglang.log"
-    with _Process(flags, environment, log) as process:
+    with PreparedServer(MODULE, flags, environment, log) as process:
         process.wait_until_ready(lambda line: None, timeout=400)
         yield ProbedServer(process, log, folder)
 

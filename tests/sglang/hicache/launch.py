@@ -1,5 +1,4 @@
-"""SGLang's ``launch_server`` with what its HiCache lacks on a CPU: ``python -m`` this. Its scheduler is spawned, and so
-imports this module too."""
+"""SGLang's ``launch_server`` with what its HiCache lacks on a CPU: ``python -m`` this."""
 
 from __future__ import annotations
 

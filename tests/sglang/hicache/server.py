@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from demo.server import EngineServer
-from demo.sglang.server import ARGUMENTS, SHIMS, SGLangServer
+from demo.sglang.server import ARGUMENTS, SHIMS
+from tests.sglang.prepared_server import PreparedServer
 from tests.sglang.server import MODEL, REPOSITORY, Server
 
 MODULE = "tests.sglang.hicache.launch"
@@ -28,11 +28,6 @@ HICACHE = [
 ]
 
 
-class _Process(SGLangServer):
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        EngineServer.__init__(self, MODULE, arguments, environment, log)
-
-
 @contextmanager
 def hicache_server(folder: Path, disk: Path | None, *, pool_tokens: int = 1024) -> Iterator[Server]:
     """A ready server. ``folder`` takes its log; without ``disk`` it has no HiCache at all."""
@@ -43,6 +38,6 @@ def hicache_server(folder: Path, disk: Path | None, *, pool_tokens: int = 1024) 
         ours = {"lmcache.local_disk": str(disk), "lmcache.max_local_disk_size": 1, "lmcache.max_local_cpu_size": 0.2}
         flags += [*HICACHE, "--hicache-storage-backend-extra-config", json.dumps({**BACKEND, **ours})]
     log = folder / "sglang.log"
-    with _Process(flags, environment, log) as process:
+    with PreparedServer(MODULE, flags, environment, log) as process:
         process.wait_until_ready(lambda line: None, timeout=400)
         yield Server(process, log)
