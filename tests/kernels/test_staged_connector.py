@@ -189,6 +189,21 @@ def test_a_part_may_be_sent_ahead(group_bytes: int) -> None:
         assert loads.load(chunks) == ({1, 2} if group_bytes == 1 else {1})
 
 
+def test_chunks_that_lie_apart_do_not_share_what_was_sent_ahead_for_the_first() -> None:
+    loads = Loads()
+    chunks = loads.chunks(1)
+    loads.fill(chunks[1:], 2)
+    with patch.object(staged_connector, "_GROUP_BYTES", 1):
+        loads.load(chunks)
+        loads.send_ahead(chunks)
+        apart = [(0, 4), (5, 9)]
+        slots = torch.arange(9)
+        loads.connector.batched_to_gpu(chunks, apart, slots)
+    there = [new_chunk(loads.connector.spec(4)) for _ in apart]
+    loads.connector.batched_from_gpu(there, apart, slots)
+    assert [set(chunk.bytes.tolist()) for chunk in there] == [{1}, {2}]
+
+
 def test_nothing_is_sent_ahead_while_there_is_no_room() -> None:
     loads = Loads(before=0)
     chunks = loads.chunks(1)

@@ -147,7 +147,7 @@ class StagedConnector(TokenConnector):
             offsets = self._offsets(slots).view(-1)
             for chunks, start in self._alike(objs, ranges):
                 for group in chunks.groups(layers, _GROUP_BYTES):
-                    sent = ahead.get(group) or self._send(ring, chunks, group)
+                    sent = ahead.pop(group, None) or self._send(ring, chunks, group)
                     self._load_group(sent, chunks, group, offsets[start:], len(slots))
 
     def _take_ahead(self, layers: range, objs: Sequence[MemoryObj]) -> dict[ChunkGroup, Sent]:
