@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+
+from tests.shallow_model import shallow_model
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -47,14 +51,17 @@ def run(
     environ: dict[str, str] | None = None,
     fresh: bool = False,
     second_runner: bool = False,
+    shallow: bool = False,
     **arguments: Any,
 ) -> Any:
     """The result of ``module.<scenario>(**arguments)``; AssertionError with the log's tail when it failed.
 
     ``fresh``: in a Python that shares nothing with that of another scenario, not even the seed of ``hash``, and ends as
     one does. ``second_runner``: see :mod:`tests.vllm.second_runner`; all scenarios are run so where the environment has
-    ``VLLM_TESTS_ON_SECOND_RUNNER``.
+    ``VLLM_TESTS_ON_SECOND_RUNNER``. ``shallow``: with :mod:`tests.shallow_model`.
     """
+    if shallow:
+        environ = {**(environ or {}), "SMOLLM2_PATH": str(_shallow_model())}
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "result.json")
         asked = [scenario, json.dumps(arguments), str(result)]
@@ -64,6 +71,13 @@ def run(
         answer = json.loads(result.read_text())
         answer["log"] = log
         return answer
+
+
+@cache
+def _shallow_model() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="shallow-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return shallow_model(model_path(), folder)
 
 
 def run_module(

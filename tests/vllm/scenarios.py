@@ -235,8 +235,11 @@ def prefix_caching(config: dict[str, Any], connector: str) -> dict[str, Any]:
     return answers
 
 
-def storm(connector: str | None, config: dict[str, Any], seed: int, count: int) -> dict[str, Any]:
-    """``count`` random requests with shared prefixes, some aborted, on so few pages that vLLM must preempt."""
+def storm(connector: str | None, config: dict[str, Any], seed: int, count: int, spoil: bool = False) -> dict[str, Any]:
+    """``count`` random requests with shared prefixes, some aborted, on so few pages that vLLM must preempt.
+
+    ``spoil``: what lies in host memory is noise.
+    """
     from vllm import SamplingParams
 
     llm = start_llm(
@@ -280,6 +283,8 @@ def storm(connector: str | None, config: dict[str, Any], seed: int, count: int) 
                 reused += (output.kv_transfer_params or {}).get("lmcache", {}).get("reused_tokens", 0)
         preempted += sum(bool(request.num_preemptions) for request in scheduler.requests.values())
         steps += 1
+        if spoil and steps % 5 == 0:
+            corrupt_memory()
     leaks = leaked_references() if connector else []
     free, total = free_blocks(engine)
     shut_down(llm)

@@ -44,7 +44,9 @@ def test_what_does_not_come_is_computed(blending: bool) -> None:
 
 
 def test_what_does_not_come_is_computed_for_a_vllm_as_on_a_gpu() -> None:
-    served = run("lost", module=MODULE, blending=True, outcomes=["hurt", "left to vLLM"], second_runner=True)
+    served = run(
+        "lost", module=MODULE, blending=True, outcomes=["hurt", "left to vLLM"], second_runner=True, shallow=True
+    )
     check(served)
     assert served["left"]["left to vLLM"] > 0
     # The day on which these are alike, vLLM has mended it.

@@ -75,7 +75,7 @@ def test_without_the_salt_plain_requests_would_be_served_with_blended_kv() -> No
 
 
 def test_a_blend_that_fails_anywhere_is_answered_from_full_prefill() -> None:
-    found = run("faults", module=MODULE)
+    found = run("faults", module=MODULE, shallow=True)
     for name, answer in found["answers"].items():
         if name.endswith("call 0"):
             assert answer["failed"], f"{name} was never called"
@@ -91,11 +91,10 @@ def test_a_blend_that_fails_anywhere_is_answered_from_full_prefill() -> None:
     assert found["metrics"]['lmcache_blend_fallbacks_total{reason="error"}'] >= 5
 
 
-@pytest.mark.timeout(900)  # six minutes on a quiet machine
 def test_300_random_requests() -> None:
     """Blended, plain and aborted, with preemption: the plain ones get what they get of a vLLM without us."""
-    without = run("storm", module=MODULE, blending=False, count=300)
-    served = run("storm", module=MODULE, blending=True, count=300)
+    without = run("storm", module=MODULE, blending=False, count=300, shallow=True)
+    served = run("storm", module=MODULE, blending=True, count=300, shallow=True)
 
     assert served["preempted"] > 0, "the page pool must be small enough for this test to tell"
     assert served["blended"] > 50
