@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from demo.sglang.server import ARGUMENTS, SHIMS
+from demo.sglang.server import ARGUMENTS, SHIMS, SLEEP_ON_IDLE
 from tests.sglang.prepared_server import PreparedServer
 from tests.sglang.server import MODEL, REPOSITORY, Server
 
@@ -32,7 +32,7 @@ HICACHE = [
 def hicache_server(folder: Path, disk: Path | None, *, pool_tokens: int = 1024) -> Iterator[Server]:
     """A ready server. ``folder`` takes its log; without ``disk`` it has no HiCache at all."""
     environment = {"PYTHONPATH": os.pathsep.join([str(SHIMS), str(REPOSITORY / "src"), str(REPOSITORY)])}
-    flags = ["--model-path", str(MODEL), *ARGUMENTS, "--dtype", "float32", "--page-size", str(PAGE)]
+    flags = ["--model-path", str(MODEL), *ARGUMENTS, SLEEP_ON_IDLE, "--dtype", "float32", "--page-size", str(PAGE)]
     flags += ["--context-length", "1024", "--max-total-tokens", str(pool_tokens), "--max-running-requests", "4"]
     if disk is not None:
         ours = {"lmcache.local_disk": str(disk), "lmcache.max_local_disk_size": 1, "lmcache.max_local_cpu_size": 0.2}
