@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from demo.server import ServerFailedError
+from tests.sglang.generation_c.probed_server import probed_server
 from tests.sglang.generation_c.tiny_other_models import OTHER_MODELS, write_other_model
-from tests.sglang.server import sglang_server
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -18,7 +18,7 @@ def test_a_model_that_keeps_more_than_kv(tmp_path: Path, kind: str) -> None:
     model = write_other_model(tmp_path / "model", kind)
     with (
         pytest.raises(ServerFailedError),
-        sglang_server(tmp_path, model=model, arguments=["--load-format", "dummy"]),
+        probed_server(tmp_path, model=model, arguments=["--load-format", "dummy"]),
     ):
         pass
     log = (tmp_path / "sglang.log").read_text()

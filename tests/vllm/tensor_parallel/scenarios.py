@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -20,9 +22,17 @@ BLOCK = 32
 
 @contextmanager
 def serving(
-    model: str, tp: int, config: dict[str, Any] | None = None, connector: str = "built-in", **options: Any
+    model: str,
+    tp: int,
+    config: dict[str, Any] | None = None,
+    connector: str = "built-in",
+    start_method: str = "fork",
+    **options: Any,
 ) -> Iterator[Any]:
-    """A real vLLM on ``tp`` ranks; without ``config`` it has no connector."""
+    """A real vLLM on ``tp`` ranks; without ``config`` it has no connector.
+
+    ``start_method``: of the ranks. vLLM would take "spawn", and each import vLLM again, 12 seconds of a core.
+    """
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
@@ -41,7 +51,9 @@ def serving(
         "skip_tokenizer_init": True,
         "tensor_parallel_size": tp,
     }
-    llm = LLM(model=model, **{**defaults, **options})
+    context = multiprocessing.get_context(start_method)
+    with patch.object(multiprocessing, "get_context", lambda method=None: context):
+        llm = LLM(model=model, **{**defaults, **options})
     try:
         yield llm
     finally:

@@ -65,6 +65,7 @@ def test_text_of_two_ranks_with_reuse_is_that_of_one_without(
         config={**CONFIG, **options},
         connector=connector,
         distributed_executor_backend="mp",
+        start_method="spawn" if connector == "built-in" else "fork",
     )
     assert tokens(served["first"]) == expected
     assert tokens(served["again"]) == expected
