@@ -6,32 +6,30 @@ What users start, ``python -m sglang.launch_server`` and processes that it spawn
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import runpy
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, Any, cast
 
 from demo.server import ENVIRONMENT, EngineServer
 from demo.sglang.server import SHIMS, SGLangServer
+from tests.prepared_python import REPOSITORY, prepared, run_as_main
 from tests.sglang.fork_children import fork_children
-from tests.sglang.server import REPOSITORY
+
+_PATHS = {"PYTHONPATH": os.pathsep.join(map(str, (SHIMS, REPOSITORY / "src", REPOSITORY)))}
 
 
 class PreparedServer(SGLangServer):
     """``module`` is run as if by ``python -m``, with ``--host``, ``--port`` and ``arguments``."""
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        EngineServer.__init__(self, module, arguments, environment, log)
+        EngineServer.__init__(self, module, arguments, {**_PATHS, **environment}, log)
 
     def _start(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
         _, _, module, *arguments = self._command
-        process = _prepared().Process(target=_serve, args=(module, arguments, self._environment, log.name))
+        context = prepared("tests.sglang.imported", {**ENVIRONMENT, **_PATHS})
+        process = context.Process(target=_serve, args=(module, arguments, self._environment, log.name))
         process.start()
         return cast("subprocess.Popen[bytes]", _Started(process))
 
@@ -54,32 +52,6 @@ class _Started:
             raise subprocess.TimeoutExpired("SGLang", timeout)
 
 
-@cache
-def _prepared() -> Any:
-    """Forks the servers, and has no threads itself."""
-    before = dict(os.environ)
-    os.environ.update(ENVIRONMENT)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(SHIMS), str(REPOSITORY / "src"), str(REPOSITORY)])
-    try:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.sglang.imported"])
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return context
-
-
 def _serve(module: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
-    """In the process that was forked."""
-    os.setsid()
-    with open(log, "ab") as output, open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    os.chdir(REPOSITORY)
-    os.environ.clear()
-    os.environ.update(environment)
     fork_children()
-    sys.argv[1:] = arguments
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    run_as_main(module, arguments, environment, log)

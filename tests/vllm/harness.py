@@ -8,22 +8,18 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from functools import cache
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from tests.prepared_python import REPOSITORY, prepared, run_as_main
 from tests.shallow_model import shallow_model
-
-REPOSITORY = Path(__file__).parents[2]
 
 VLLM_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -108,7 +104,8 @@ def _in_fresh_python(
 def _in_prepared_python(
     module: str, arguments: list[str], environ: dict[str, str], log: Path, timeout: float
 ) -> int | None:
-    process = _prepared().Process(target=_scenario, args=(module, arguments, environ, str(log)))
+    context = prepared("tests.vllm.imported", VLLM_ENVIRONMENT)
+    process = context.Process(target=run_as_main, args=(module, arguments, environ, str(log)))
     process.start()
     try:
         process.join(timeout)
@@ -119,31 +116,3 @@ def _in_prepared_python(
         if process.exitcode is None and process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-
-
-@cache
-def _prepared() -> Any:
-    """Forks processes that have vLLM imported, by a parent that has no threads."""
-    before = dict(os.environ)
-    os.environ.update(VLLM_ENVIRONMENT)
-    try:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.vllm.imported"])
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return context
-
-
-def _scenario(module: str, arguments: list[str], environ: dict[str, str], log: str) -> None:
-    """In the process that was forked."""
-    os.setsid()
-    with open(log, "w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    os.chdir(REPOSITORY)
-    os.environ.clear()
-    os.environ.update(environ)
-    sys.argv[1:] = arguments
-    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -44,12 +44,6 @@ def differences(expected: list[dict[str, Any]], got: list[dict[str, Any]], tie: 
     return wrong
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this processor does."""
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return supported
-
-
 def answer(tokens: list[int], best_two: list[tuple[float, int]]) -> dict[str, Any]:
     return {"tokens": tokens, "best_two": [best_two] * len(tokens), "text": str(tokens)}
 
@@ -73,7 +67,8 @@ def test_a_tie_may_be_decided_either_way(chosen: int, reused: int) -> None:
 def test_text_with_reuse_equals_text_without(dtype: str, tie: float, tmp_path: Path) -> None:
     config = {"local_disk": str(tmp_path), "max_local_disk_size": 4.0, "max_local_cpu_size": 2.0}
     # Without instructions for it vLLM computes bfloat16 several times as slowly as float32: ten minutes for this test.
-    asked = {"lengths": LENGTHS, "dtype": dtype, "shallow": dtype == "bfloat16" and not multiplies_bfloat16()}
+    slow = dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    asked = {"lengths": LENGTHS, "dtype": dtype, "shallow": slow}
     without = run("plain", **asked)
     served = run("reuse", **asked, config=config)
     restarted = run("from_disk", fresh=True, **asked, config=config)

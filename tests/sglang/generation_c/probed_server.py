@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,9 @@ from typing import Any
 
 import httpx
 
-from demo.sglang.server import ARGUMENTS, SHIMS, SLEEP_ON_IDLE, SGLangServer
+from demo.sglang.server import ARGUMENTS, SLEEP_ON_IDLE, SGLangServer
 from tests.sglang.prepared_server import PreparedServer
-from tests.sglang.server import MODEL, REPOSITORY, Server
+from tests.sglang.server import MODEL, Server
 
 MODULE = "tests.sglang.generation_c.probed_launch"
 
@@ -91,7 +90,6 @@ def probed_server(
         (folder / old).unlink(missing_ok=True)
     options = {"chunk_size": 16, "max_local_cpu_size": 0.5, **(config or {})}
     environment = {f"LMCACHE_{name.upper()}": _spelled(value) for name, value in options.items()}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SHIMS), str(REPOSITORY / "src"), str(REPOSITORY)])
     environment["PROBE_FOLDER"] = str(folder)
     flags = ["--model-path", str(model), *ARGUMENTS, "--dtype", "float32", "--page-size", str(page_size)]
     flags += ["--context-length", "4096", "--max-total-tokens", "8192", "--max-running-requests", "8", *arguments]
