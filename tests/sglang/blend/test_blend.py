@@ -12,7 +12,7 @@ import pytest
 from tests.sglang.blend.faults import STEPS
 from tests.sglang.blend.server import LEARN, PLAIN, WHOLE, BlendServer, Library, blend_server
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 ORDERS = list(permutations(range(5), 3))[7::14]
 

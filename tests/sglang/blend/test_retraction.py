@@ -11,7 +11,7 @@ import pytest
 from tests.sglang.blend.server import PLAIN, WHOLE, Library, blend_server
 from tests.sglang.server import Generation
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 NEW = 60
 # SGLang's own switch for its tests: it takes the slots of a request back every so many forwards, as for want of room.

@@ -9,7 +9,7 @@ import pytest
 
 from tests.sglang.blend.server import LEARN, PLAIN, WHOLE, Library, blend_server
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 
 def test_separators_and_named_passages(tmp_path: Path) -> None:

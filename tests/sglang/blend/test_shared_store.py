@@ -9,7 +9,7 @@ import pytest
 from tests.sglang.blend.server import LEARN, PLAIN, WHOLE, Library, blend_server
 from tests.storage.remote.false_store import falsify
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 TOKENS = 16
 

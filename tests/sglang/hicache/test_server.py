@@ -12,7 +12,7 @@ from tests.sglang.hicache.server import PAGE, hicache_server
 from tests.sglang.one_store.test_one_store import wait_for_writes
 from tests.sglang.server import Server
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 TOKENS = 12
 CONTROLS = [f"{document(80 + number)} {question(number)}" for number in range(3)]
