@@ -20,13 +20,25 @@ from tests.sglang.fork_children import fork_children
 _PATHS = {"PYTHONPATH": os.pathsep.join(map(str, (SHIMS, REPOSITORY / "src", REPOSITORY)))}
 
 
+def _switches(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith("SGLANG_")}
+
+
+_SWITCHES_OF_ALL = _switches(os.environ)
+
+
 class PreparedServer(SGLangServer):
-    """``module`` is run as if by ``python -m``, with ``--host``, ``--port`` and ``arguments``."""
+    """``module`` is run as if by ``python -m``, with ``--host``, ``--port`` and ``arguments``.
+
+    SGLang reads some of its switches when it is imported: a server for which a test sets one is not forked.
+    """
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         EngineServer.__init__(self, module, arguments, {**_PATHS, **environment}, log)
 
     def _start(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        if _switches(self._environment) != _SWITCHES_OF_ALL:
+            return super()._start(log)
         _, _, module, *arguments = self._command
         context = prepared("tests.sglang.imported", {**ENVIRONMENT, **_PATHS})
         process = context.Process(target=_serve, args=(module, arguments, self._environment, log.name))
