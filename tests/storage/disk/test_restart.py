@@ -13,6 +13,7 @@ import pytest
 
 from lmcache.storage.disk import DiskTierError
 from lmcache.storage.disk.index import INDEX_FILE
+from lmcache.storage.disk.lock import LOCK_FILE
 from tests.storage.disk.helpers import (
     REPOSITORY,
     SPEC,
@@ -178,6 +179,24 @@ def test_the_second_process_is_refused_with_words(tmp_path: Path, heap: Heap) ->
         open_tier(tmp_path, heap)
     tier.close()
     open_tier(tmp_path, heap).close()
+
+
+HOLDING_FOR_A_MOMENT = """
+import fcntl, sys, time
+
+with open(sys.argv[1], "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    time.sleep(0.3)
+"""
+
+
+def test_a_server_that_is_on_its_way_out_is_waited_for(tmp_path: Path, heap: Heap) -> None:
+    held = [sys.executable, "-c", HOLDING_FOR_A_MOMENT, str(tmp_path / LOCK_FILE)]
+    with subprocess.Popen(held, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        open_tier(tmp_path, heap).close()
 
 
 def test_neither_forked_nor_spawned_children_keep_the_lock(tmp_path: Path, heap: Heap) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import weakref
 from pathlib import Path
 
 from lmcache.storage.disk.settings import DiskTierError
 
 LOCK_FILE = "lock"
+
+# A server that is on its way out still has its lock, and so has what was forked from it until it runs another program.
+_PATIENCE_SECONDS = 1.0
 
 
 class DirectoryLock:
@@ -19,19 +23,18 @@ class DirectoryLock:
         """``shared``: with others that only read.
 
         Raises:
-            DiskTierError: another process, or another tier of this one, has the directory.
+            DiskTierError: another process, or another tier of this one, has the directory: whoever wants it alone has
+                waited for a second.
             OSError: the lock file cannot be opened or locked.
         """
         self._fd: int | None = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            self.release()
-            raise DiskTierError(
-                f"{directory} is in use by process PID {owner}; give each server its own local_disk"
-            ) from None
-        except OSError:
+            if not (_try_lock(self._fd, fcntl.LOCK_SH) if shared else _wait_for_lock(self._fd)):
+                owner = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                raise DiskTierError(
+                    f"{directory} is in use by process PID {owner}; give each server its own local_disk"
+                )
+        except Exception:
             self.release()
             raise
         if not shared:
@@ -45,6 +48,23 @@ class DirectoryLock:
         _held.discard(self)
         if fd is not None:
             os.close(fd)
+
+
+def _try_lock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _wait_for_lock(fd: int) -> bool:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not _try_lock(fd, fcntl.LOCK_EX):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 _held: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
