@@ -20,8 +20,15 @@ from tests.sglang.fork_children import fork_children
 _PATHS = {"PYTHONPATH": os.pathsep.join(map(str, (SHIMS, REPOSITORY / "src", REPOSITORY)))}
 
 
+_READ_WHEN_WANTED = {"SGLANG_CPU_OMP_THREADS_BIND"}
+
+
 def _switches(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith("SGLANG_")}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith("SGLANG_") and name not in _READ_WHEN_WANTED
+    }
 
 
 _SWITCHES_OF_ALL = _switches(os.environ)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -162,7 +160,7 @@ def second_life(mode: str, disk: str) -> dict[str, Any]:
 def two_ranks(mode: str) -> dict[str, Any]:
     """Tensor parallelism: ranks that hold unequal parts, and one that fails, agree through SGLang's own group."""
     folder = _folder()
-    torch.multiprocessing.spawn(rank_of_two, (mode, str(folder)), nprocs=2)
+    torch.multiprocessing.start_processes(rank_of_two, (mode, str(folder)), nprocs=2, start_method="fork")
     return {"ranks": [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]}
 
 
@@ -236,9 +234,3 @@ def _failures(world: World) -> int:
 
 def _fail(*_: Any, **__: Any) -> Any:
     raise RuntimeError("injected")
-
-
-if __name__ == "__main__":
-    name, mode, arguments, result = sys.argv[1:]
-    scenario: Callable[..., Any] = globals()[name]
-    Path(result).write_text(json.dumps(scenario(mode, **json.loads(arguments))))
