@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -30,6 +33,14 @@ def shallow_model(model: Path, folder: Path, layers: int = LAYERS) -> Path:
         metadata={"format": "pt"},
     )
     return folder
+
+
+@cache
+def shallow_copy(model: Path) -> Path:
+    """:func:`shallow_model` of ``model``, for as long as this process lives."""
+    folder = Path(tempfile.mkdtemp(prefix="shallow-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return shallow_model(model, folder)
 
 
 def _layer(name: str) -> int:

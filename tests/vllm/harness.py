@@ -5,21 +5,18 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tests.prepared_python import REPOSITORY, prepared, run_as_main
-from tests.shallow_model import shallow_model
+from tests.shallow_model import shallow_copy
 
 VLLM_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -57,7 +54,7 @@ def run(
     ``VLLM_TESTS_ON_SECOND_RUNNER``. ``shallow``: with :mod:`tests.shallow_model`.
     """
     if shallow:
-        environ = {**(environ or {}), "SMOLLM2_PATH": str(_shallow_model())}
+        environ = {**(environ or {}), "SMOLLM2_PATH": str(shallow_copy(model_path()))}
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "result.json")
         asked = [scenario, json.dumps(arguments), str(result)]
@@ -67,13 +64,6 @@ def run(
         answer = json.loads(result.read_text())
         answer["log"] = log
         return answer
-
-
-@cache
-def _shallow_model() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="shallow-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return shallow_model(model_path(), folder)
 
 
 def run_module(

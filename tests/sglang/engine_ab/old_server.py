@@ -15,6 +15,7 @@ from demo.sglang.server import SHIMS, SLEEP_ON_IDLE, SGLangServer
 from tests.sglang.generation_ab.old_sglang import source
 from tests.sglang.generation_c.probed_server import ProbedServer, _spelled
 from tests.sglang.server import MODEL, REPOSITORY
+from tests.shallow_model import shallow_copy
 
 MODULE = "tests.sglang.engine_ab.launch"
 ARGUMENTS = [
@@ -52,8 +53,9 @@ def old_server(
     pool_tokens: int = 4096,
     lmcache: bool = True,
 ) -> Iterator[OldServer]:
-    """A ready server of SGLang ``version``. ``folder`` takes its log and what the probe says; ``config``: our options.
+    """A ready server of SGLang ``version``, with :mod:`tests.shallow_model`.
 
+    ``folder`` takes its log and what the probe says; ``config``: our options.
     ``pool_tokens``: the size of SGLang's own cache.
     """
     for old in ("ask-0", "state-0"):
@@ -65,7 +67,7 @@ def old_server(
     environment |= {"PROBE_FOLDER": str(folder), "OLD_SGLANG": version}
     if version == "0.5.12":  # else 10000 above the other, which may be too high; later versions would open it
         environment["SGLANG_GRPC_PORT"] = str(_free_port())
-    flags = ["--model-path", str(MODEL), *ARGUMENTS, "--max-total-tokens", str(pool_tokens)]
+    flags = ["--model-path", str(shallow_copy(MODEL)), *ARGUMENTS, "--max-total-tokens", str(pool_tokens)]
     if lmcache:
         flags.append("--enable-lmcache")
         if version != "0.5.12":  # generation B insists on a file
