@@ -48,7 +48,7 @@ test: ## all tests: the fast ones, then those on a real vLLM and a real SGLang, 
 	@$(MAKE) --no-print-directory --jobs=2 environments
 	@$(MAKE) --no-print-directory setup setup-sglang
 	@echo "The parts of the tests run side by side; each prints when it ends. That takes an hour on two cores."
-	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target IS_SET_UP=yes test-fast-rest test-fast-blend \
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going --output-sync=target IS_SET_UP=yes test-fast-rest test-fast-blend \
 		test-sglang test-vllm-rest test-vllm-blend test-vllm-ranks test-kernels
 
 # Where these run at once they are to begin in the order of the command line, longest first: nothing to wait for.
