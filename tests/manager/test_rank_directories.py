@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,12 @@ import torch
 from lmcache.config.schema import GIB
 from lmcache.manager import LMCacheManager
 from lmcache.metadata import LMCacheEngineMetadata
-from lmcache.storage.disk.rank_directories import RankDirectory
+from lmcache.storage.disk import lock
+from lmcache.storage.disk.rank_directories import RankDirectory, open_foreign
+from lmcache.storage.disk.settings import DiskSettings
+from lmcache.storage.policies.lru import LRUPolicy
 from tests.engine.helpers import CHUNK, make_config, make_metadata, tokens_of
+from tests.storage.disk.helpers import Heap
 
 HEADS, LAYERS, DIM = 4, 2, 8
 TOKENS = tokens_of(4 * CHUNK)
@@ -92,6 +98,18 @@ def test_a_directory_that_another_server_writes_is_left_alone(tmp_path: Path, ca
         assert manager.engine.lookup(TOKENS) == 0
         assert "chunks of rank 1 of 2 are not used" in caplog.text
         assert "resharded" not in manager.stats().tiers
+
+
+def test_who_reads_a_folder_lets_others_read_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first may evict from it; nobody waits to do so behind it."""
+    store(tmp_path, 2)
+    found = RankDirectory.of(tmp_path, 0, 2)
+    first = open_foreign(found, DiskSettings(tmp_path, GIB), Heap().allocate, LRUPolicy)
+    monkeypatch.setattr(lock, "time", SimpleNamespace(monotonic=time.monotonic))  # no sleep
+    second = open_foreign(found, DiskSettings(tmp_path, GIB), Heap().allocate, LRUPolicy)
+    for tier in (first, second):
+        assert tier is not None
+        tier.close()
 
 
 def test_what_is_cleared_is_not_found_in_foreign_folders_either(tmp_path: Path) -> None:

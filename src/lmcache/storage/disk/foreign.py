@@ -33,13 +33,20 @@ class ForeignDirectory(StorageTier):
     name: ClassVar[str] = "foreign"
 
     def __init__(
-        self, directory: Path, allocate: Allocate, read_threads: int, chunk_format: ChunkFormat = PLAIN
+        self,
+        directory: Path,
+        allocate: Allocate,
+        read_threads: int,
+        chunk_format: ChunkFormat = PLAIN,
+        lock_timeout: float = 0.0,
     ) -> None:
-        """Raises:
-        DiskTierError: the directory cannot be read, or a process writes it.
+        """``lock_timeout``: seconds that a process which writes it gets to let go of it.
+
+        Raises:
+            DiskTierError: the directory cannot be read, or a process writes it.
         """
         try:
-            self._lock = DirectoryLock(directory, shared=True)
+            self._lock = DirectoryLock(directory, shared=True, timeout=lock_timeout)
         except OSError as error:
             raise DiskTierError(f"{directory} cannot be read: {error}") from error
         try:

@@ -12,24 +12,20 @@ from lmcache.storage.disk.settings import DiskTierError
 
 LOCK_FILE = "lock"
 
-# A server that is on its way out still has its lock, and so has what was forked from it until it runs another program.
-_PATIENCE_SECONDS = 1.0
-
 
 class DirectoryLock:
     """Held from construction to :meth:`release`."""
 
-    def __init__(self, directory: Path, *, shared: bool = False) -> None:
-        """``shared``: with others that only read.
+    def __init__(self, directory: Path, *, shared: bool = False, timeout: float = 0.0) -> None:
+        """``shared``: with others that only read. ``timeout``: seconds that whoever has the directory gets to let go.
 
         Raises:
-            DiskTierError: another process, or another tier of this one, has the directory: whoever wants it alone has
-                waited for a second.
+            DiskTierError: another process, or another tier of this one, has the directory.
             OSError: the lock file cannot be opened or locked.
         """
         self._fd: int | None = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if not (_try_lock(self._fd, fcntl.LOCK_SH) if shared else _wait_for_lock(self._fd)):
+            if not _locked(self._fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, timeout):
                 owner = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
                 raise DiskTierError(
                     f"{directory} is in use by process PID {owner}; give each server its own local_disk"
@@ -50,20 +46,20 @@ class DirectoryLock:
             os.close(fd)
 
 
+def _locked(fd: int, kind: int, timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while not _try_lock(fd, kind):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def _try_lock(fd: int, kind: int) -> bool:
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return True
-
-
-def _wait_for_lock(fd: int) -> bool:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not _try_lock(fd, fcntl.LOCK_EX):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
     return True
 
 

@@ -45,7 +45,7 @@ def open_directory(
     directory = settings.directory
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = DirectoryLock(directory)
+        lock = DirectoryLock(directory, timeout=settings.lock_timeout)
     except OSError as error:
         raise _unusable(directory, error) from error
     try:

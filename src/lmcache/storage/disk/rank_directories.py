@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,18 +70,15 @@ def open_foreign(
     Args:
         settings: what it may take on the disk at most; more than that is evicted first.
     """
-    settings = replace(settings, directory=found.path)
-    deadline = time.monotonic() + _LOCK_SECONDS
+    settings = replace(settings, directory=found.path, lock_timeout=0)
     try:
-        # Whichever rank comes first evicts for all.
+        # Whichever rank comes first evicts for all; those that read it since do not let go of it.
         LocalDiskTier(settings, allocate, make_policy(), chunk_format).close()
     except DiskTierError as error:
         logger.debug("%s is not looked through for what is too much: %s", found.path, error)
-    while True:
-        try:
-            return ForeignDirectory(found.path, allocate, settings.read_threads, chunk_format)
-        except DiskTierError as error:  # noqa: PERF203 - another rank may be evicting
-            if time.monotonic() > deadline:
-                logger.warning("chunks of rank %d of %d are not used: %s", found.rank, found.world_size, error)
-                return None
-            time.sleep(0.05)
+    try:
+        # Another rank may be evicting.
+        return ForeignDirectory(found.path, allocate, settings.read_threads, chunk_format, _LOCK_SECONDS)
+    except DiskTierError as error:
+        logger.warning("chunks of rank %d of %d are not used: %s", found.rank, found.world_size, error)
+        return None

@@ -23,6 +23,8 @@ class DiskSettings:
         write_threads: chunks written at once.
         write_queue_bytes: host memory that chunks waiting to be written may hold; beyond it puts are dropped.
         close_timeout: seconds that :meth:`LocalDiskTier.close` gives to chunks waiting to be written.
+        lock_timeout: seconds that whoever has the directory gets to let go of it. A server that is on its way out still
+            has it, and so has what was forked from it until it runs another program.
     """
 
     directory: Path
@@ -32,10 +34,12 @@ class DiskSettings:
     write_threads: int = 2
     write_queue_bytes: int = 1 << 30
     close_timeout: float = 10.0
+    lock_timeout: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("capacity_bytes", "read_threads", "write_threads", "write_queue_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.close_timeout < 0:
-            raise ValueError(f"close_timeout={self.close_timeout}: must be 0 or more seconds")
+        for name in ("close_timeout", "lock_timeout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more seconds")
