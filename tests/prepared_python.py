@@ -39,12 +39,18 @@ def run_as_main(module: str, arguments: list[str], environment: Mapping[str, str
     """In a process that was forked: ``python -m module …`` in a session of its own; what it prints goes behind what is
     in ``log``."""
     os.setsid()
+    os.chdir(REPOSITORY)
+    begin_anew(environment, log)
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def begin_anew(environment: Mapping[str, str], log: str) -> None:
+    """In a process that was forked: ``environment`` alone, nothing to read, and what it prints behind what is in
+    ``log``."""
     with open(log, "ab") as output, open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    os.chdir(REPOSITORY)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv[1:] = arguments
-    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -17,12 +17,14 @@ from lmcache.config import LMCacheEngineConfig
 from lmcache.evaluation.blended import BlendedModel
 from lmcache.evaluation.measures import token_agreement
 from lmcache.evaluation.prompt_parts import PromptParts, prompt_parts
+from lmcache.evaluation.settings import code_digest
 from lmcache.evaluation.tasks.generate import generate_tasks
 from lmcache.evaluation.variants import Variant
+from lmcache.integration.model_identity import fingerprint
+from tests.prepared_python import REPOSITORY
 
 TASKS, ANSWER_TOKENS, RATIO = 8, 24, 0.15
-_REPOSITORY = Path(__file__).parents[1]
-_KEPT = _REPOSITORY / ".cache" / "quality"
+_KEPT = REPOSITORY / ".cache" / "quality"
 DEFAULTS = LMCacheEngineConfig.from_defaults()
 POLICY, CORRECTOR = DEFAULTS.blend_policy, DEFAULTS.blend_corrector
 
@@ -36,7 +38,7 @@ def library(model_path: Path | str) -> tuple[list[PromptParts], list[float]]:
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     prompts = [prompt_parts(tokenizer, task) for task in generate_tasks(TASKS, seed=40)]
-    kept = _KEPT / f"{_digest(Path(model_path))}.json"
+    kept = _KEPT / f"{_digest(Path(model_path), prompts)}.json"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         scratch = kept.with_suffix(f".{os.getpid()}")
@@ -66,15 +68,11 @@ def _agreements(model_path: Path, tokenizer: Any, prompts: list[PromptParts]) ->
     return agreements
 
 
-def _digest(model_path: Path) -> str:
+def _digest(model_path: Path, prompts: list[PromptParts]) -> str:
     """Of all that the library's answers come from, but for other packages: those of the first who asks are as good."""
-    digest = blake3(Path(__file__).read_bytes())
-    for file in sorted((_REPOSITORY / "src").rglob("*.py")):
-        digest.update(str(file.relative_to(_REPOSITORY)).encode() + file.read_bytes())
-    for file in sorted(model_path.glob("*.json")):
-        digest.update(file.name.encode() + file.read_bytes())
-    digest.update(str([file.stat().st_size for file in sorted(model_path.glob("*.safetensors"))]).encode())
-    return digest.hexdigest(16)
+    asked = json.dumps([parts.prompt for parts in prompts]).encode()
+    digest = blake3(Path(__file__).read_bytes() + asked).hexdigest(8)
+    return f"{fingerprint(model_path)}-{code_digest()}-{digest}"
 
 
 def before(parts: PromptParts) -> list[int]:

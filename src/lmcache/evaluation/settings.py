@@ -41,7 +41,7 @@ def settings_of(
             **{name: version(name) for name in ("lmcache-blend", "torch", "transformers")},
             **_plugins(),
         },
-        code=_code_digest(),
+        code=code_digest(),
     )
 
 
@@ -51,7 +51,7 @@ def _plugins() -> dict[str, str]:
     return {point.dist.name: point.dist.version for point in points if point.dist is not None}
 
 
-def _code_digest() -> str:
+def code_digest() -> str:
     """Of the source that makes the rows: a released version says less than this while one works on a policy."""
     root = Path(lmcache.__file__).parent
     digest = blake3()

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[3]
+from tests.prepared_python import REPOSITORY, begin_anew
 
 
 class ForkingPython:
@@ -68,12 +68,7 @@ def _serve(module: str) -> None:
         scenario, mode, arguments, environment, result, log = json.loads(line)
         child = os.fork()
         if child == 0:  # which ends as any Python does
-            with open(log, "wb") as output, open(os.devnull, "rb") as nothing:
-                os.dup2(nothing.fileno(), 0)
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-            os.environ.clear()
-            os.environ.update(environment)
+            begin_anew(environment, log)
             Path(result).write_text(json.dumps(getattr(scenarios, scenario)(mode, **arguments)))
             return
         _, status = os.waitpid(child, 0)

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.sglang.generation_ab.forking_python import REPOSITORY, ForkingPython
+from tests.prepared_python import REPOSITORY
+from tests.sglang.generation_ab.forking_python import ForkingPython
 
 VERSIONS = {"A": "0.5.12", "MP": "0.5.17", "IP": "0.5.17"}
 """By what SGLang makes of us: generation A; generation B in two phases, and layerwise."""
