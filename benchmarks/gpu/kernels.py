@@ -78,13 +78,13 @@ def check_attention() -> list[str]:
         [*same, *((torch.bfloat16, dtype) for dtype in FP8_DTYPES)],
         [
             (777, 0.15, 32, 8, 128, None, None, False, False, None),
-            (777, 0.02, 32, 8, 128, None, None, False, False, 3),
+            (777, 0.02, 32, 8, 128, None, None, False, False, 256),
             (500, 0.3, 14, 2, 64, None, None, False, False, None),
             (500, 0.3, 6, 3, 96, 100, None, True, True, None),
-            (300, 0.3, 8, 4, 256, None, 30.0, True, False, 2),
+            (300, 0.3, 8, 4, 256, None, 30.0, True, False, 192),
         ],
     )
-    for (dtype, kept), (keys, share, heads, kv_heads, dim, window, softcap, with_sinks, some, splits) in cases:
+    for (dtype, kept), (keys, share, heads, kv_heads, dim, window, softcap, with_sinks, some, part_keys) in cases:
         kv = pages(keys, kept, kv_heads, dim)
         positions = torch.randperm(keys)[: max(3, int(keys * share))].sort().values
         q = torch.randn(len(positions), heads, dim, device="cuda").to(dtype)
@@ -114,12 +114,12 @@ def check_attention() -> list[str]:
             sliding_window=window,
             sinks=sinks,
             known=None if known is None else known.cuda(),
-            splits=splits,
+            part_keys=part_keys,
             **scoring,
         )
         got = error(ours, exact)
         line = f"attention {dtype} of {kept} {keys} {heads}/{kv_heads}x{dim} window {window} cap {softcap} "
-        line += f"splits {splits}: "
+        line += f"parts of {part_keys}: "
         print(line + f"error {got:.2e}, torch {theirs:.2e}", flush=True)
         if not got <= 1.5 * theirs + 1e-7:
             bad.append(line)

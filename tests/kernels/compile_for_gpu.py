@@ -109,10 +109,11 @@ def use(heads: int, dim: int, stored: torch.dtype, computed: torch.dtype) -> Non
     known = torch.ones(TOKENS, dtype=torch.bool).view(torch.uint8)
     large = q.repeat(10, 1, 1), torch.arange(10 * FRESH, dtype=torch.int32)
     for queries, positions in ((q, ints), large):
-        for splits in (1, 3):
-            sparse_attention(queries, kv, positions, scale=0.1, splits=splits)
-    sparse_attention(q, kv, ints, scale=0.1, splits=2, sliding_window=100, softcap=20.0)
-    sparse_attention(q, kv, ints, scale=0.1, splits=2, known=known, sinks=torch.zeros(heads * group))
+        for part_keys in (TOKENS, TOKENS // 4):
+            sparse_attention(queries, kv, positions, scale=0.1, part_keys=part_keys)
+    half = TOKENS // 2
+    sparse_attention(q, kv, ints, scale=0.1, part_keys=half, sliding_window=100, softcap=20.0)
+    sparse_attention(q, kv, ints, scale=0.1, part_keys=half, known=known, sinks=torch.zeros(heads * group))
     if kv.key_scale is None:
         seen = SeenByAll(32, ints, *(torch.zeros(large[0].shape, dtype=kind) for kind in (computed, torch.float32)))
         for blocks in ((64, 64, 4, 3), (128, 128, 8, 2)):

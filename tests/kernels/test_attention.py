@@ -21,8 +21,8 @@ from lmcache.kernels.sparse_attention import sparse_attention  # noqa: E402
 
 CASES: dict[str, dict[str, Any]] = {
     "grouped": {"heads": (4, 2), "dim": 64},
-    "odd sizes, split": {"heads": (6, 2), "dim": 48, "splits": 3},
-    "window, sinks, holes": {"heads": (3, 3), "dim": 32, "window": 17, "sinks": True, "holes": True, "splits": 2},
+    "odd sizes, split": {"heads": (6, 2), "dim": 48, "part_keys": 64},
+    "window, sinks, holes": {"heads": (3, 3), "dim": 32, "window": 17, "sinks": True, "holes": True, "part_keys": 96},
     "soft cap": {"heads": (8, 1), "dim": 16, "softcap": 20.0},
 }
 
@@ -89,13 +89,13 @@ def compare(case: str, dtype: torch.dtype, stored: torch.dtype | None, used: tup
     }
     at = positions.to(DEVICE, torch.int32)
     out, _ = sparse_attention(
-        q.to(DEVICE), rows, at, **on_device, splits=chosen.get("splits", 1), blocks=(32, 32, 4, 1)
+        q.to(DEVICE), rows, at, **on_device, part_keys=chosen.get("part_keys", 160), blocks=(32, 32, 4, 1)
     )
     assert _error(out, exact) <= 1.5 * _error(in_torch, exact) + 1e-6
 
     wanted = torch.full_like(out, torch.nan)
     in_place, _ = sparse_attention(
-        q.to(DEVICE), rows, at, **on_device, splits=chosen.get("splits", 1), blocks=(32, 32, 4, 1), out=wanted
+        q.to(DEVICE), rows, at, **on_device, part_keys=chosen.get("part_keys", 160), blocks=(32, 32, 4, 1), out=wanted
     )
     assert in_place is wanted
     assert torch.equal(wanted, out)

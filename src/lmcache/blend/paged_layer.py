@@ -175,6 +175,7 @@ class PagedLayer(LayerKV):
             sliding_window=mask.sliding_window,
             known=mask.known,
             seen_by_all=self._seen_by_all(q, keys, mask, scoring),
+            positions_on_host=mask.positions_on_host,
             out=out if out is not None and self._can_fill(out, q) else None,
             **scoring._asdict(),
         )

@@ -40,7 +40,9 @@ def _join_attention_kernel(
     for part in range(parts):
         weight = tl.exp2((tl.load(LSE + part * num_rows + r, mask=there, other=0.0) - top) * _LOG2_E)
         at = (part * num_rows + r).to(tl.int64) * DIM
-        acc += weight[:, None] * tl.load(PARTS + at[:, None] + d[None, :], mask=mask, other=0.0)
+        # Nothing was written where a part weighs nothing.
+        weighs = mask & (weight > 0.0)[:, None]
+        acc += weight[:, None] * tl.load(PARTS + at[:, None] + d[None, :], mask=weighs, other=0.0)
         total += weight
     to = OUT + (r.to(tl.int64) * DIM)[:, None] + d[None, :]
     tl.store(to, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=mask)
@@ -49,7 +51,8 @@ def _join_attention_kernel(
 
 def join_attention(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Args:
-        parts: attention over each part of the keys, float32 ``[S, n, heads, dim]``, dense.
+        parts: attention over each part of the keys, float32 ``[S, n, heads, dim]``, dense. May be anything where its
+            part weighs nothing.
         lse: the logarithms of the softmax sums, float32 ``[S, n, heads]``; some part of each row is not −inf.
         out: ``[n, heads, dim]``, dense: what is to be filled with attention over all of them.
 

