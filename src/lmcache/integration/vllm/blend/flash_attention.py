@@ -15,6 +15,8 @@ _KEYS, _BLOCK = 6144, 16
 # Few queries and many: keys are cut into parts for few, and our kernel takes other tiles for them, which are compiled
 # when they are tried.
 _APART = (32, 2)
+# Queries × heads of a group that FlashAttention takes together
+_TILE = 128
 # Two roundings of bfloat16 apart
 _TOLERANCE = 1e-2
 
@@ -29,11 +31,13 @@ def flash_attention(layer: Any) -> DenseAttention | None:
         logger.info("CacheBlend attends by its own kernel alone: %s", missing)
         return None
 
+    group = layer.num_heads // layer.num_kv_heads
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
 
     def attend(
         q: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, runs: DenseRuns, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        programs = len(runs.keys) * -(-runs.tokens * group // _TILE) * layer.num_kv_heads
         attended: tuple[torch.Tensor, torch.Tensor] = flash_attn_varlen_func(
             q=q.index_select(0, runs.order),
             k=key_pages,
@@ -46,7 +50,7 @@ def flash_attention(layer: Any) -> DenseAttention | None:
             softmax_scale=scale,
             causal=False,
             return_softmax_lse=True,
-            num_splits=parts_of_keys(len(runs.keys) * layer.num_kv_heads, multiprocessors),
+            num_splits=parts_of_keys(programs, multiprocessors),
             fa_version=3,
         )
         return attended
