@@ -67,9 +67,11 @@ def flash_attention(layer: Any) -> DenseAttention | None:
 
 
 def parts_of_keys(programs: int, multiprocessors: int) -> int:
-    """Parts for FlashAttention; 0: FlashAttention's own choice, which is slow where programs are few: on an H200 444
-    queries over 16,464 keys take 174 µs by it, and 156 with two parts. Where they fill the GPU it is the better one:
-    with all keys in one part, queries that stand close to each other at the end of 8,272 keys took 50 µs longer."""
+    """That the keys are cut into for FlashAttention; 0: as it likes, which is slow where its programs are few.
+
+    On an H200 444 queries over 16,464 keys take 174 µs so, and 156 in two parts. Where programs fill the GPU it chooses
+    well: in one part the second pass of a blend of 8,272 tokens at 15 % took 0.06 ms a layer longer.
+    """
     parts = round(1.5 * multiprocessors / programs)
     return parts if parts > 1 else 0
 
