@@ -94,6 +94,7 @@ def pages(heads: int, dim: int, stored: torch.dtype) -> KVRows:
 def use(heads: int, dim: int, stored: torch.dtype, computed: torch.dtype) -> None:
     """Every kernel of a blend once, and attention by each of its ways."""
     from lmcache.kernels.attention_received import attention_received
+    from lmcache.kernels.attention_tiles import padded_dim, tiles
     from lmcache.kernels.copy_heads import copy_heads
     from lmcache.kernels.kriging import Pieces, can_krige, krige_weights
     from lmcache.kernels.kriging_shift import krige_shift
@@ -107,17 +108,15 @@ def use(heads: int, dim: int, stored: torch.dtype, computed: torch.dtype) -> Non
     fresh = torch.zeros(FRESH, heads, dim, dtype=computed)
     q = torch.zeros(FRESH, heads * group, dim, dtype=computed)
     known = torch.ones(TOKENS, dtype=torch.bool).view(torch.uint8)
-    large = q.repeat(10, 1, 1), torch.arange(10 * FRESH, dtype=torch.int32)
-    for queries, positions in ((q, ints), large):
+    for blocks in tiles(padded_dim(dim, dim), computed):
         for part_keys in (TOKENS, TOKENS // 4):
-            sparse_attention(queries, kv, positions, scale=0.1, part_keys=part_keys)
+            sparse_attention(q, kv, ints, scale=0.1, part_keys=part_keys, blocks=blocks)
     half = TOKENS // 2
     sparse_attention(q, kv, ints, scale=0.1, part_keys=half, sliding_window=100, softcap=20.0)
     sparse_attention(q, kv, ints, scale=0.1, part_keys=half, known=known, sinks=torch.zeros(heads * group))
     if kv.key_scale is None:
-        seen = SeenByAll(32, ints, *(torch.zeros(large[0].shape, dtype=kind) for kind in (computed, torch.float32)))
-        for blocks in ((64, 64, 4, 3), (128, 128, 8, 2)):
-            sparse_attention(large[0], kv, large[1], scale=0.1, seen_by_all=seen, blocks=blocks)
+        seen = SeenByAll(32, ints, torch.zeros_like(q), torch.zeros(q.shape, dtype=torch.float32))
+        sparse_attention(q, kv, ints, scale=0.1, seen_by_all=seen)
     attention_received(q, kv, ints, scale=0.1, softcap=None)
     table = torch.zeros(1, dim // 2)
     staged = torch.zeros(3, 2 * FRESH, heads * dim).to(stored)
