@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lmcache.blend.cpu_linear import linear
+from lmcache.blend.cpu_linear import as_weights, linear
 
 # Rows a tile: keys beyond a tile's last query are not read, so smaller tiles waste less; at 64 the matrix products are
 # still as fast as at 256 (measured on one CPU core).
@@ -172,7 +172,8 @@ def _on_cpu(
     group = q.shape[1] // kv_heads
     dtype = torch.promote_types(q.dtype, torch.float32)
     queries = q.to(dtype) * scale
-    keys, values = k.to(dtype).transpose(0, 1).contiguous(), v.permute(1, 2, 0).contiguous()
+    keys, values = as_weights(k.to(dtype).transpose(0, 1)), as_weights(v.permute(1, 2, 0))
+    room = queries.new_empty(group * _TILE * len(k))
     for tile in mask.tiles:
         rows, span = slice(tile.start, tile.end), slice(tile.key_start, tile.key_end)
         hidden = mask.partly_hidden(tile)
@@ -180,7 +181,8 @@ def _on_cpu(
         for head in range(kv_heads):
             heads = slice(head * group, (head + 1) * group)
             asking = queries[rows, heads].transpose(0, 1).flatten(0, 1)
-            scores = linear(asking, keys[head, span])
+            shape = (len(asking), tile.key_end - tile.key_start)
+            scores = linear(asking, keys[head, span], room[: math.prod(shape)].view(shape))
             if softcap is not None:
                 scores.div_(softcap).tanh_().mul_(softcap)
             by_query = scores.view(group, tile.end - tile.start, -1)
@@ -189,7 +191,7 @@ def _on_cpu(
                 torch.softmax(scores, -1, out=scores)
             else:
                 _softmax_with_sink(by_query, sinks[heads])
-            attended = linear(scores.to(v.dtype), values[head, :, span].contiguous())
+            attended = linear(scores.to(v.dtype), values[head, :, span])
             out[rows, heads] = attended.view(group, tile.end - tile.start, -1).transpose(0, 1)
     return out
 
