@@ -97,7 +97,7 @@ def use(heads: int, dim: int, stored: torch.dtype, computed: torch.dtype) -> Non
     from lmcache.kernels.attention_tiles import padded_dim, tiles
     from lmcache.kernels.copy_heads import copy_heads
     from lmcache.kernels.kriging import Pieces, can_krige, krige_weights
-    from lmcache.kernels.kriging_shift import krige_shift
+    from lmcache.kernels.kriging_shift import changes_of, krige_shift
     from lmcache.kernels.kv_read import deviation, read, read_among
     from lmcache.kernels.kv_write import Turns, place, write
     from lmcache.kernels.next_layer import next_layer
@@ -136,7 +136,7 @@ def use(heads: int, dim: int, stored: torch.dtype, computed: torch.dtype) -> Non
         for layers, at in ((KVLayers(kv, distances), distances[:1]), (KVLayers(kv, None), None)):
             weights = pieces.room_for_weights(computed, layers.num_layers)
             krige_weights(layers, pieces, weights, passage=1.0, local=1.0, width=9.0, alike=1.0, reach=1.0, noise=1.0)
-            krige_shift(kv, pieces, weights, fresh, fresh, at)
+            krige_shift(kv, pieces, weights, changes_of(kv, ints, fresh, fresh), at)
 
 
 CASES = (

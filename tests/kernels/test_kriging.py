@@ -14,7 +14,8 @@ from tests.kernels.needs_triton import DEVICE, FP8, require
 
 require()
 
-from lmcache.kernels.kv_read import read  # noqa: E402 - needs Triton
+from lmcache.kernels.kriging_shift import changes_of  # noqa: E402 - needs Triton
+from lmcache.kernels.kv_read import read  # noqa: E402
 from lmcache.kernels.kv_rows import KVRows  # noqa: E402
 from lmcache.kernels.kv_write import write  # noqa: E402
 
@@ -74,6 +75,18 @@ def test_values_anywhere_behind_their_keys(behind: int) -> None:
         KrigingCorrector().correct_rows(RowCorrection(0, Rows(*held_in), rows, *computed, ((0, 100),), {}))
     for shifted, expected in zip(ours, apart, strict=True):
         torch.testing.assert_close(shifted, expected)
+
+
+@pytest.mark.parametrize("num_fresh", [1, 16, 37])
+def test_changes_are_what_fresh_rows_differ_by(num_fresh: int) -> None:
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 50, 2, 16, device=DEVICE)
+    fresh = torch.randperm(50)[:num_fresh].sort().values.to(DEVICE)
+    computed = torch.randn(num_fresh, 2, 48, device=DEVICE)
+    fresh_keys, fresh_values = computed[..., :16], computed[..., 32:]
+    changes = changes_of(Rows(keys, values).kernel_rows, fresh.int(), fresh_keys, fresh_values)
+    expected = torch.cat([fresh_keys - keys[fresh], fresh_values - values[fresh]], dim=1).transpose(0, 1)
+    assert torch.equal(changes, expected)
 
 
 SCALES = (0.05, 1.7)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lmcache.kernels.kriging import Pieces, krige_weights
-from lmcache.kernels.kriging_shift import krige_shift
+from lmcache.kernels.kriging_shift import changes_of, krige_shift
 from lmcache.kernels.kv_rows import KVLayers
 from lmcache.memory.to_device import ints_to_device, to_device
 
@@ -39,13 +39,13 @@ class KernelKriging:
         is_fresh = torch.zeros(num_rows, dtype=torch.uint8)
         is_fresh[rows] = 1
         columns = [column for batch in batches for column in np.array(batch).T]
-        fresh, *sent = ints_to_device([rows.numpy(), *columns], device)
+        self._fresh, *sent = ints_to_device([rows.numpy(), *columns], device)
         is_fresh = to_device(is_fresh, device)
         self._batches: list[Pieces] = []
         for at in range(0, len(columns), 4):
             _, longest, _, most = (int(column.max()) for column in columns[at : at + 4])
             start, length, first, count = sent[at : at + 4]
-            self._batches.append(Pieces(start, length, first, count, fresh, is_fresh, longest, most))
+            self._batches.append(Pieces(start, length, first, count, self._fresh, is_fresh, longest, most))
         self._constants = asdict(of)
         self._num_rows = num_rows
         self._layers: Callable[[int, int], KVLayers] | None = None
@@ -84,8 +84,10 @@ class KernelKriging:
             if self._at is not None:
                 self._at.zero_()
             self._ready_for = layer.layer_id
+        kv = layer.kv.kernel_rows
+        changes = changes_of(kv, self._fresh, layer.fresh_keys, layer.fresh_values)
         for pieces, weights in zip(self._batches, self._weights, strict=True):
-            krige_shift(layer.kv.kernel_rows, pieces, weights, layer.fresh_keys, layer.fresh_values, self._at)
+            krige_shift(kv, pieces, weights, changes, self._at)
         if self._at is not None:
             self._at.add_(1)
 
