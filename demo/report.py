@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from demo.conversation import Answer
+from lmcache.bench.machine import processor
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Result:
         )
 
     def write(self, path: Path, **settings: Any) -> None:
-        facts = {"cores": os.cpu_count(), "processor": _processor()}
+        facts = {"cores": os.cpu_count(), "processor": processor()}
         engine = {self.engine.name.lower(): version(self.engine.package)}
         answers = dataclasses.asdict(self)
         del answers["engine"]
@@ -110,10 +110,3 @@ def _seconds(answer: Answer) -> str:
 
 def _ratio(cold: Answer, answer: Answer) -> float:
     return cold.seconds_to_first_token / answer.seconds_to_first_token
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
